@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in PyTorch layers that turn pruning, compressed vocabularies and dropped tokens into speed.
+
+Importing this package costs little: Triton, transformers and the compiled kernels load on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_MODULES = {"nn", "ops"}
+_NAMES = {
+    "Recipe": "lean_kernels.recipe",
+    "convert": "lean_kernels.convert",
+    "load": "lean_kernels.integrations.transformers",
+}
+__all__ = ["Recipe", "__version__", "convert", "load", "nn", "ops"]
+
+if TYPE_CHECKING:
+    from lean_kernels import nn, ops
+    from lean_kernels.convert import convert
+    from lean_kernels.integrations.transformers import load
+    from lean_kernels.recipe import Recipe
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"lean_kernels.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value  # `lean_kernels.convert` is a module too: the function wins
+        return value
+    raise AttributeError(f"module 'lean_kernels' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled kernels, and remembers why it could not."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+
+
+def _build_reason() -> str:
+    """What the build left as its reason for not compiling, or a guess that names the fix."""
+    try:
+        reason = json.loads((_PACKAGE / "_build_info.json").read_text()).get("cpu")
+    except (OSError, ValueError):
+        reason = None
+    return reason or (
+        "not built; reinstall with a C++ compiler and torch present: "
+        "pip install --no-build-isolation lean_kernels"
+    )
+
+
+@cache
+def load_cpu() -> str | None:
+    """Load the CPU kernels once. Returns None when they are loaded, else the reason why not."""
+    path = _PACKAGE / "_C.abi3.so"
+    if not path.exists():
+        return _build_reason()
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} could not be loaded: {error}"
+    return None

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drop-in for nn.Linear that stores and multiplies only the kept blocks of its weight."""
+
+import torch
+from torch import Tensor, nn
+
+from lean_kernels.ops.block_sparse_linear import bsr, op
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The [out_features, in_features] weight of an nn.Linear or a Hugging Face Conv1D."""
+    weight = getattr(linear, "weight", None)
+    if isinstance(linear, nn.Linear):
+        return weight
+    # transformers' Conv1D computes x W + b, with W [in_features, out_features], nf = out_features
+    if isinstance(getattr(linear, "nf", None), int) and isinstance(weight, Tensor):
+        return weight.t()
+    raise TypeError(
+        f"BlockSparseLinear replaces nn.Linear (or transformers' Conv1D), got "
+        f"{type(linear).__name__}"
+    )
+
+
+def magnitude_mask(weight: Tensor, block_shape: tuple[int, int], density: float) -> Tensor:
+    """Bool [block_rows, block_cols] keeping the `density` fraction of blocks of largest L2 norm."""
+    if not 0 < density <= 1:
+        raise ValueError(f"BlockSparseLinear: density must lie in (0, 1], got {density}")
+    scores = bsr.block_view(weight.detach().float(), block_shape).square().sum(dim=(2, 3))
+    keep = max(1, round(density * scores.numel()))
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask.view(-1)[scores.flatten().topk(keep, sorted=False).indices] = True
+    return mask
+
+
+class BlockSparseLinear(nn.Module):
+    """y = activation(x Wᵀ + bias), W [out_features, in_features] kept as BSR blocks.
+
+    Usually made by `from_linear`; the constructor leaves the weight uninitialised with every block
+    column of the pattern unset, ready for `load_state_dict` (then call `validate`).
+
+    State: `weight` [nnz, block_out, block_in] and `bias` are parameters, `crow_indices` and
+    `col_indices` (int32) are buffers. Kept blocks train; dropped ones stay zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nnz: int,
+        *,
+        block_shape: tuple[int, int] = (32, 32),
+        bias: bool = True,
+        activation: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        block_shape = _block_shape(block_shape)
+        if activation not in op.ACTIVATIONS:
+            raise ValueError(
+                f"BlockSparseLinear: unknown activation {activation!r}; "
+                f"expected one of {op.ACTIVATIONS}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.block_shape = block_shape
+        self.activation = activation
+        block_rows, _ = bsr.grid(out_features, in_features, block_shape)
+        options = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(bsr.blocks_empty(nnz, block_shape, **options))
+        self.bias = nn.Parameter(torch.empty(out_features, **options)) if bias else None
+        index = {"device": device, "dtype": torch.int32}
+        self.register_buffer("crow_indices", torch.zeros(block_rows + 1, **index))
+        self.register_buffer("col_indices", torch.zeros(nnz, **index))
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        block_shape: tuple[int, int] = (32, 32),
+        density: float | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
+    ) -> "BlockSparseLinear":
+        """The block-sparse form of an nn.Linear (or a transformers Conv1D).
+
+        Args:
+            linear: the dense layer; left as it is. Device, dtype and requires_grad carry over.
+            block_shape: (block_out, block_in).
+            density: keep this fraction of blocks, those of largest L2 norm.
+            mask: bool [out_features, in_features] of weights to keep (dropped weights inside a
+                kept block become zero), or [block_rows, block_cols] of blocks to keep.
+            activation: fused onto the output.
+
+        With neither `density` nor `mask`, exactly the blocks that hold a non-zero are kept.
+        """
+        weight = dense_weight(linear)
+        block_shape = _block_shape(block_shape)
+        if density is not None and mask is not None:
+            raise ValueError("BlockSparseLinear.from_linear: give density or mask, not both")
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("BlockSparseLinear.from_linear: the weight has NaN or infinite values")
+        blocks_shape = bsr.grid(*weight.shape, block_shape)
+        if density is not None:
+            block_mask = magnitude_mask(weight, block_shape, density)
+        else:
+            if mask is not None:
+                mask = mask.to(weight.device, torch.bool)
+                if mask.shape == weight.shape and mask.shape != blocks_shape:
+                    weight = weight * mask
+                elif mask.shape != blocks_shape:
+                    raise ValueError(
+                        f"BlockSparseLinear.from_linear: mask must be {tuple(weight.shape)} "
+                        f"(weights) or {blocks_shape} (blocks), got {tuple(mask.shape)}"
+                    )
+            if mask is not None and mask.shape == blocks_shape:
+                block_mask = mask
+            else:
+                block_mask = (bsr.block_view(weight, block_shape) != 0).any(-1).any(-1)
+        kept, crow_indices, col_indices = bsr.from_dense(weight, block_mask, block_shape)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            0,
+            block_shape=block_shape,
+            bias=linear.bias is not None,
+            activation=activation,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        layer.weight = nn.Parameter(kept, requires_grad=linear.weight.requires_grad)
+        layer.crow_indices, layer.col_indices = crow_indices, col_indices
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(
+                linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad
+            )
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense nn.Linear with the same weights (a fused activation does not carry over)."""
+        weight = bsr.to_dense(
+            self.weight, self.crow_indices, self.col_indices, self.out_features, self.in_features
+        )
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(
+                self.bias.detach().clone(), requires_grad=self.bias.requires_grad
+            )
+        return linear.train(self.training)
+
+    def validate(self, name: str = "BlockSparseLinear") -> None:
+        """Raise ValueError unless the stored pattern is well formed. Call after loading."""
+        bsr.validate(
+            self.weight,
+            self.crow_indices,
+            self.col_indices,
+            self.out_features,
+            self.in_features,
+            name=name,
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in_features], residual [..., out_features] -> [..., out_features]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"BlockSparseLinear: x must be [..., {self.in_features}], got {list(x.shape)}"
+            )
+        return op.apply(
+            x,
+            self.weight,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            residual,
+            self.out_features,
+            self.activation,
+        )
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept blocks."""
+        return self.weight.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the blocks."""
+        rows, cols = bsr.grid(self.out_features, self.in_features, self.block_shape)
+        return self.nnz / (rows * cols)
+
+    @property
+    def block_mask(self) -> Tensor:
+        """Bool [block_rows, block_cols], True where a block is kept."""
+        shape = bsr.grid(self.out_features, self.in_features, self.block_shape)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.col_indices.device)
+        rows = bsr.row_indices(self.crow_indices, self.nnz)
+        mask[rows, self.col_indices.long()] = True
+        return mask
+
+    def extra_repr(self) -> str:
+        block_out, block_in = self.block_shape
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"block_shape={block_out}x{block_in}, density={self.density:.3g}, "
+            f"bias={self.bias is not None}"
+        )
+        return text if self.activation is None else f"{text}, activation={self.activation}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A file is untrusted: no index may reach a kernel unchecked. A shape mismatch was reported
+        # above and left our own, valid, tensors in place.
+        if all(prefix + key in state_dict for key in ("weight", "crow_indices", "col_indices")):
+            error_msgs = args[-1] if args else kwargs["error_msgs"]
+            if not error_msgs:
+                try:
+                    self.validate(prefix.rstrip(".") or "BlockSparseLinear")
+                except ValueError as error:
+                    error_msgs.append(str(error))
+
+
+def _block_shape(block_shape) -> tuple[int, int]:
+    shape = tuple(block_shape)
+    if len(shape) != 2 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(
+            f"BlockSparseLinear: block_shape must be two positive ints, got {block_shape!r}"
+        )
+    return shape

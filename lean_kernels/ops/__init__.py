@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functional ops. Each lives in a folder of its own, with its reference beside its kernels."""
+
+from lean_kernels.ops.block_sparse_linear import block_sparse_linear
+
+__all__ = ["block_sparse_linear"]

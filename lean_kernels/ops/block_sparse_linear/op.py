@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""block_sparse_linear: y = activation(x Wᵀ + bias) + residual over block-sparse (BSR) weights."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lean_kernels import _extension
+from lean_kernels._dispatch import Impl, resolve
+from lean_kernels.ops.block_sparse_linear import bsr, reference
+
+NAME = "block_sparse_linear"
+IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON)
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")  # the index is the code in the schema
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_INDICES = "Tensor weight, Tensor crow_indices, Tensor col_indices"
+torch.library.define(
+    "lean_kernels::block_sparse_linear",
+    f"(Tensor x, {_INDICES}, Tensor? bias, Tensor? residual, int out_features, int activation)"
+    " -> Tensor",
+)
+torch.library.define(
+    "lean_kernels::block_sparse_linear_grad_input",
+    f"(Tensor grad, {_INDICES}, int in_features) -> Tensor",
+)
+torch.library.define(
+    "lean_kernels::block_sparse_linear_grad_weight",
+    "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int block_out, int block_in)"
+    " -> Tensor",
+)
+
+
+def _reference_forward(x, weight, crow, col, bias, residual, out_features, activation):
+    name = ACTIVATIONS[activation]
+    return reference.forward(x, weight, crow, col, bias, residual, out_features, name)
+
+
+def _reference_grad_weight(grad, x, crow, col, block_out, block_in):
+    return reference.grad_weight(grad, x, crow, col, (block_out, block_in))
+
+
+def _triton(function: str):
+    def launch(*args):
+        from lean_kernels.ops.block_sparse_linear import triton
+
+        return getattr(triton, function)(*args)
+
+    return launch
+
+
+def _register(name: str, plain, fake, launch) -> "torch._ops.OpOverload":
+    op = f"lean_kernels::{name}"
+    torch.library.impl(op, "CompositeExplicitAutograd", plain)
+    torch.library.register_fake(op, fake)
+    if find_spec("triton") is not None:
+        torch.library.impl(op, "CUDA", launch)
+    return getattr(torch.ops.lean_kernels, name).default
+
+
+_triton_kernels = tuple(_triton(name) for name in ("forward", "grad_input", "grad_weight"))
+_reference_kernels = (_reference_forward, reference.grad_input, _reference_grad_weight)
+_best_kernels = (
+    _register(
+        "block_sparse_linear",
+        _reference_forward,
+        lambda x, w, crow, col, b, r, n, a: x.new_empty(*x.shape[:-1], n),
+        _triton_kernels[0],
+    ),
+    _register(
+        "block_sparse_linear_grad_input",
+        reference.grad_input,
+        lambda grad, w, crow, col, k: grad.new_empty(*grad.shape[:-1], k),
+        _triton_kernels[1],
+    ),
+    _register(
+        "block_sparse_linear_grad_weight",
+        _reference_grad_weight,
+        lambda grad, x, crow, col, bo, bi: bsr.blocks_empty(
+            col.shape[0], (bo, bi), dtype=x.dtype, device=x.device
+        ),
+        _triton_kernels[2],
+    ),
+)
+_KERNELS = {
+    None: _best_kernels,
+    Impl.CPU: _best_kernels,
+    Impl.REFERENCE: _reference_kernels,
+    Impl.TRITON: _triton_kernels,
+}
+_extension.load_cpu()
+
+
+class _BlockSparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, crow, col, bias, residual, out_features, impl):
+        ctx.save_for_backward(x, weight, crow, col)
+        ctx.impl = impl
+        return _KERNELS[impl][0](x, weight, crow, col, bias, residual, out_features, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, crow, col = ctx.saved_tensors
+        _, grad_input, grad_weight = _KERNELS[ctx.impl]
+        need_x, need_weight, _, _, need_bias, need_residual = ctx.needs_input_grad[:6]
+        dx = grad_input(grad, weight, crow, col, x.shape[-1]) if need_x else None
+        dw = grad_weight(grad, x, crow, col, *weight.shape[1:]) if need_weight else None
+        db = grad.flatten(0, -2).sum(0) if need_bias else None
+        return dx, dw, None, None, db, grad if need_residual else None, None, None
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str | None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """The op without the checks of `block_sparse_linear`, for layers that made them once."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        # With an activation its input is needed in backward: torch's own activation keeps it.
+        inner = residual if activation is None else None
+        y = _BlockSparseLinear.apply(
+            x, weight, crow_indices, col_indices, bias, inner, out_features, impl
+        )
+        if activation is not None:
+            y = reference.ACTIVATIONS[activation](y)
+            y = y if residual is None else y + residual
+        return y
+    code = ACTIVATIONS.index(activation)
+    return _KERNELS[impl][0](
+        x, weight, crow_indices, col_indices, bias, residual, out_features, code
+    )
+
+
+def _check(x, weight, crow, col, bias, residual, out_features, activation, impl) -> None:
+    def fail(problem: str) -> None:
+        raise ValueError(f"{NAME}: {problem}")
+
+    if activation not in ACTIVATIONS:
+        fail(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
+    if weight.dim() != 3:
+        fail(f"weight must be [nnz, block_out, block_in], got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or out_features < 1:
+        fail(
+            f"x must be [..., in_features] and out_features positive, got shape "
+            f"{tuple(x.shape)} and {out_features}"
+        )
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        fail(
+            f"x and weight must share one of {', '.join(map(str, DTYPES))}, "
+            f"got {x.dtype} and {weight.dtype}"
+        )
+    block_rows, _ = bsr.grid(out_features, x.shape[-1], tuple(weight.shape[1:]))
+    for label, index, size in (("crow", crow, block_rows + 1), ("col", col, weight.shape[0])):
+        if index.dtype != torch.int32 or index.shape != (size,):
+            fail(
+                f"{label}_indices must be int32 [{size}], got {index.dtype} {list(index.shape)}; "
+                f"out_features is {out_features}, weight {list(weight.shape)}"
+            )
+    y_shape = (*x.shape[:-1], out_features)
+    for label, tensor, shape in (
+        ("bias", bias, (out_features,)),
+        ("residual", residual, y_shape),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+            fail(
+                f"{label} must be {x.dtype} {list(shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    for label, tensor in (
+        ("weight", weight),
+        ("crow_indices", crow),
+        ("col_indices", col),
+        ("bias", bias),
+        ("residual", residual),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            fail(f"{label} is on {tensor.device}, x on {x.device}; move them to one device")
+    if impl is Impl.CPU:
+        if x.device.type != "cpu":
+            fail(f"impl 'cpu' needs CPU tensors, got {x.device}")
+        if (reason := _extension.load_cpu()) is not None:
+            raise RuntimeError(f"{NAME}: impl 'cpu' is not available: {reason}")
+
+
+def block_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """activation(x Wᵀ + bias) + residual, with W [out_features, in_features] kept as BSR blocks.
+
+    Args:
+        x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.
+        weight: [nnz, block_out, block_in], x's dtype; blocks over an edge are zero-padded.
+        crow_indices: int32 [ceil(out_features / block_out) + 1].
+        col_indices: int32 [nnz], ascending within a block row.
+        bias: [out_features] or None.
+        out_features: rows of W (not derivable from the padded blocks).
+        activation: None, "relu", "gelu" (exact erf), "gelu_tanh" or "silu".
+        residual: [..., out_features] or None, added after the activation.
+        impl: "reference", "cpu", "triton", or None for the best one of the device.
+
+    Returns:
+        [..., out_features] in x's dtype. Sums run in float32 (float64 for float64), block by block
+        in index order, so a row's result does not depend on the rest of the batch.
+
+    Raises:
+        ValueError: a shape, dtype, device, activation or impl that does not fit.
+        RuntimeError: a named impl is not available here.
+
+    The values of the indices are not read here (that would stall an accelerator); check a pattern
+    of unknown origin once with `lean_kernels.ops.block_sparse_linear.bsr.validate`. The CPU kernels
+    refuse out-of-range indices on every call; the Triton kernels mask them.
+
+    Differentiable once in x, weight (kept blocks only), bias and residual. The format is SciPy's
+    and torch's BSR; block pruning of this kind: MLPruning, arXiv 2105.14636.
+    """
+    chosen = resolve(NAME, impl, IMPLS)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, residual = (
+            t if t is None else t.to(torch.get_autocast_dtype(x.device.type))
+            for t in (x, weight, bias, residual)
+        )
+    _check(x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen)
+    return apply(
+        x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen
+    )

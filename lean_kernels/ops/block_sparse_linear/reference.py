@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What block_sparse_linear means, in plain PyTorch: expand to dense, multiply, add.
+
+Half precisions are computed in float32 and rounded once, as the kernels do.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lean_kernels.ops.block_sparse_linear import bsr
+
+ACTIVATIONS = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str | None,
+) -> Tensor:
+    dense = bsr.to_dense(_wide(weight), crow_indices, col_indices, out_features, x.shape[-1])
+    y = F.linear(_wide(x), dense, None if bias is None else _wide(bias))
+    y = ACTIVATIONS[activation](y)
+    if residual is not None:
+        y = y + _wide(residual)
+    return y.to(x.dtype)
+
+
+def grad_input(
+    grad: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int
+) -> Tensor:
+    dense = bsr.to_dense(_wide(weight), crow_indices, col_indices, grad.shape[-1], in_features)
+    return (_wide(grad) @ dense).to(grad.dtype)
+
+
+def grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_shape: tuple[int, int],
+) -> Tensor:
+    dense = _wide(grad).flatten(0, -2).t() @ _wide(x).flatten(0, -2)
+    blocks = bsr.gather_blocks(dense, crow_indices, col_indices, block_shape)
+    out = bsr.blocks_empty(col_indices.numel(), block_shape, dtype=x.dtype, device=x.device)
+    return out.copy_(blocks)
