@@ -151,7 +151,7 @@ def _matmul_kernel(
     if residual_ptr is not None:
         offsets = m[:, None] * stride_rm + tl.cast(out, tl.int64)[None, :] * stride_rn
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    tl.store(y_ptr + m[:, None] * features_n + out[None, :], acc, mask=mask)
+    tl.store(y_ptr + (m[:, None] * features_n + out[None, :]), acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "part_tokens"])
@@ -220,11 +220,11 @@ def _grad_weight_kernel(
     )
 
 
-def config(block_out: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+def config(block_out: int, block_in: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
     """Tile sizes and launch options of `_matmul_kernel` for one call.
 
     Args:
-        block_out: side of the blocks along the features of the result.
+        block_out, block_in: the block as the kernel sees it (swapped for grad_input).
         dtype: of the operands.
         tokens: rows of x.
 
@@ -236,9 +236,10 @@ def config(block_out: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_K": 64 if half else 16,
+        # Narrow blocks are loaded element by element, which costs registers.
+        "BLOCK_K": 16 if not half else 32 if block_in < 16 else 64,
         "GROUP_M": 8,
-        "num_warps": 8 if block_m * block_n > 128 * 64 else 4,
+        "num_warps": 8 if block_m > 64 else 4,
         # x is loaded through a loaded index, so the compiler spends two stages per tile in flight.
         "num_stages": 2 if torch.version.hip else 5,
     }
@@ -313,7 +314,7 @@ def _matmul(
         return y
     x = _rows(x)
     residual = None if residual is None else _rows(residual)
-    tiles = config(size_n, x.dtype, x.shape[0])
+    tiles = config(size_n, size_k, x.dtype, x.shape[0])
     rows, cuts = start.numel() - 1, triton.cdiv(size_n, tiles["BLOCK_N"])
     grid = (triton.cdiv(x.shape[0], tiles["BLOCK_M"]) * rows * cuts,)
     with torch.cuda.device_of(x):
