@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lean_kernels as lk
-from bench import masks
+from bench import environment, masks
 from bench.registry import Competitor, Options, Workload
 from bench.runner import relative_error
 from lean_kernels.ops.block_sparse_linear import bsr
@@ -170,7 +170,8 @@ def _forward(p: _Problem) -> dict[str, Competitor]:
         wide, wide_x = p.dense.weight.float(), p.x.float()
         calls["float32 dense"] = lambda: F.linear(wide_x, wide)
     if p.config.peers == "all":
-        calls["compiled"] = _compiled(composed, p.x)
+        if environment.can_compile():
+            calls["compiled"] = _compiled(composed, p.x)
         if mode == "forward":
             calls |= _torch_bsr(p)
     return {

@@ -4,6 +4,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +46,12 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds the C++ compiler it needs for CPU code."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return any(shutil.which(name) for name in names)
 
 
 def collect(device: str, threads: int) -> dict:

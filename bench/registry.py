@@ -72,13 +72,17 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Case:
-    """`suites` name lists of configurations; `table` is the field one table is printed per."""
+    """`suites` name lists of configurations; `table` is the field one table is printed per.
+
+    `budget`: seconds of timing a configuration is worth.
+    """
 
     name: str
     suites: Mapping[str, Callable[[], Sequence[Any]]]
     prepare: Callable[[Any, Options], Workload]
     requirements: Sequence[Requirement] = ()
     table: str | None = None
+    budget: float = 1.0
 
 
 def load(name: str) -> Case:

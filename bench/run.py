@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import break_even, environment, peak, plot, registry, report, runner
 
 RESULTS = Path(__file__).parent / "results"
-QUICK_BUDGET, BUDGET = 0.6, 1.0
+QUICK = 0.5  # of the seconds a configuration is worth
 WRONG, MISSED = 1, 3
 
 
@@ -60,7 +60,7 @@ def main(
         console.width = max(console.width, 160)  # tables in a log or a pipe need not fold
     definition = registry.load(case)
     suite = suite or ("quick" if quick else "full")
-    budget = budget or (QUICK_BUDGET if quick or suite == "quick" else BUDGET)
+    budget = budget or definition.budget * (QUICK if suite == "quick" else 1)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}; expected 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():

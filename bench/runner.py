@@ -121,7 +121,7 @@ def measure(
         if settle:
             time.sleep(settle)
         with _threads(competitor.threads or threads):
-            if calls > 1 or settle:
+            if calls > 1:
                 competitor.call()
             synchronize()
             start = time.perf_counter()
@@ -138,7 +138,7 @@ def measure(
         seconds[name], used[name] = [], 0.0
     share = budget / len(competitors)
     active = list(competitors)
-    while active:
+    while True:
         for name in active:
             start = time.perf_counter()
             seconds[name].append(sample(competitors[name], calls[name]))
@@ -151,7 +151,10 @@ def measure(
         if precise or done >= MAX_ROUNDS or sum(used.values()) >= budget:
             break
         # Ours, the first, stays to the end: every ratio is taken against it.
-        active = [name for place, name in enumerate(active) if place == 0 or used[name] < share]
+        ours, *others = active
+        active = [ours, *(name for name in others if used[name] < share)]
+        if others and len(active) == 1:
+            break
     return {name: Timing(tuple(seconds[name]), calls[name]) for name in competitors}
 
 
