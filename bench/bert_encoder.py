@@ -8,6 +8,7 @@ where their packages are installed. All under torch.no_grad().
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -94,9 +95,16 @@ def _onnx_runtimes(model: nn.Module, inputs: tuple[Tensor, ...], threads: int):
     calls: dict[str, Callable[[], Tensor]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.onnx")
-        torch.onnx.export(
-            _LastHidden(model), inputs, path, input_names=list(names), dynamo=True, verbose=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the exporter's own
+            torch.onnx.export(
+                _LastHidden(model).eval(),
+                inputs,
+                path,
+                input_names=list(names),
+                dynamo=True,
+                verbose=False,
+            )
         if find_spec("onnxruntime") is not None:
             calls["ONNX Runtime"] = _onnxruntime(path, feed, threads)
         if find_spec("openvino") is not None:
