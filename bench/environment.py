@@ -79,6 +79,12 @@ def collect(device: str, threads: int) -> dict:
     return found
 
 
+def is_busy(environment: dict) -> bool:
+    """Whether others used a quarter of the cores or more when the run began."""
+    load = environment["load_average"]
+    return load is not None and load[0] >= environment["cores"] / 4
+
+
 def device_slug(environment: dict) -> str:
     """A folder name for the results of this device, e.g. `amd-epyc-avx2-2-threads`."""
     if "gpu" in environment:

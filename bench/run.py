@@ -57,7 +57,7 @@ def main(
     """
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # tables in a log or a pipe need not fold
+        console.width = max(console.width, 180)  # tables in a log or a pipe need not fold
     definition = registry.load(case)
     suite = suite or ("quick" if quick else "full")
     budget = budget or definition.budget * (QUICK if suite == "quick" else 1)
@@ -102,6 +102,11 @@ def _run(definition, suite, configs, impl, device, budget, console) -> dict:
     threads = torch.get_num_threads()
     options = registry.Options(threads=threads, device=device, impl=impl)
     found = environment.collect(device, threads)
+    if environment.is_busy(found):
+        load, cores = found["load_average"][0], found["cores"]
+        console.print(
+            f"[yellow]load {load:.1f} on {cores} cores: other processes will distort these times"
+        )
     roof = peak.roof(threads) if device == "cpu" else {}
     columns = (
         TextColumn("{task.description}"),

@@ -69,7 +69,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _threads(count: int):
+def num_threads(count: int):
+    """Torch's intra-op threads within the block."""
     before = torch.get_num_threads()
     if count == before:
         yield
@@ -85,7 +86,7 @@ def check(competitors: Mapping[str, Competitor], threads: int) -> dict[str, floa
     """Largest relative error of each competitor. Raises WrongResult above a tolerance."""
     errors = {}
     for name, competitor in competitors.items():
-        with _threads(competitor.threads or threads):
+        with num_threads(competitor.threads or threads):
             actual = competitor.call()
         actual = (actual,) if isinstance(actual, Tensor) else tuple(actual)
         if len(actual) != len(competitor.expected):
@@ -120,7 +121,7 @@ def measure(
     def sample(competitor: Competitor, calls: int) -> float:
         if settle:
             time.sleep(settle)
-        with _threads(competitor.threads or threads):
+        with num_threads(competitor.threads or threads):
             if calls > 1:
                 competitor.call()
             synchronize()
