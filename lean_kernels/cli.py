@@ -100,22 +100,18 @@ def info(
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; yields a function to call with the name of each step it begins."""
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr; yields the function to call with (done, total, what comes next)."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        begun = False
-
-        def step(description: str) -> None:
-            nonlocal begun
-            bar.update(task, description=description, advance=int(begun))
-            begun = True
-
-        yield step
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, name: bar.update(
+            task, completed=done, total=total, description=name
+        )
 
 
 def _model_path(model: str) -> str:
@@ -169,10 +165,8 @@ def convert(
 
     rules = lk.Recipe.from_toml(recipe)
     dense, tokenizer = _load(path), load_tokenizer(path)
-    with _progress(2) as step:
-        step("convert")
-        lean = lk.convert(dense, rules)
-        step("save")
+    with _progress() as progress:
+        lean = lk.convert(dense, rules, progress=progress)
         save(lean, out, tokenizer=tokenizer, overwrite=force)
     _print_report(lean.lean_report())
     typer.echo(f"saved {out}" + ("" if tokenizer else " (the model has no tokenizer)"))
@@ -184,26 +178,13 @@ def _print_report(report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("module", "became", "out x in", "block", "density", "dense MB", "lean MB", "note")
-    for entry in report.entries:
-        table.add_row(
-            escape(entry.name),
-            entry.became,
-            f"{entry.out_features} x {entry.in_features}",
-            "x".join(map(str, entry.block_shape or ())),
-            "" if entry.density is None else f"{entry.density:.3f}",
-            f"{entry.dense_bytes / 1e6:.2f}",
-            f"{entry.lean_bytes / 1e6:.2f}",
-            escape(entry.note or ""),
-        )
+    header, *rows = report.rows()
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(escape, row))
     console = Console()
     console.print(table)
-    dense = sum(entry.dense_bytes for entry in report.entries)
-    lean = sum(entry.lean_bytes for entry in report.entries)
-    console.print(
-        f"{len(report.entries)} modules: {dense / 1e6:.1f} MB dense, {lean / 1e6:.1f} MB lean "
-        f"({lean / dense:.0%})"
-    )
+    console.print(report.summary())
 
 
 def _densities(text: str) -> tuple[float, ...]:
@@ -245,7 +226,7 @@ def demo(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _progress(len(chosen) + rounds + 3) as step:
+    with _progress() as progress:
         result = comparison.run(
             path,
             lines,
@@ -255,7 +236,7 @@ def demo(
             rounds=rounds,
             device=device,
             overwrite=force,
-            on_step=step,
+            progress=progress,
         )
     _print_comparison(result)
     if device == "cpu" and (reason := _extension.load_cpu()) is not None:
@@ -273,7 +254,10 @@ def _print_comparison(result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("density", "ms", "speed-up", "parameters", "MB on disk", "cosine", "Spearman")
+    table = Table(
+        *("density", "ms", "speed-up", "sparse layers", "parameters"),
+        *("MB on disk", "cosine", "Spearman"),
+    )
     for column in table.columns:
         column.justify = "right"
     for row in result.rows:
@@ -281,6 +265,7 @@ def _print_comparison(result) -> None:
             "dense" if row.density is None else f"{row.density:g}",
             f"{row.milliseconds:.0f}",
             f"{row.speedup:.2f}x",
+            f"{row.sparse_layers} of {result.layers}",
             f"{row.parameters / 1e6:.1f} M",
             f"{row.bytes_on_disk / 1e6:.1f}",
             f"{row.cosine:.4f}",

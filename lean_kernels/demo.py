@@ -6,6 +6,7 @@ pruning alone.
 """
 
 import copy
+import itertools
 import json
 import re
 import statistics
@@ -42,7 +43,7 @@ class Row:
     bytes_on_disk: int  # weight files only
     cosine: float  # mean over the texts, embedding here against dense
     spearman: float  # of all pairwise similarities, here against dense
-    lean_layers: int
+    sparse_layers: int  # convert leaves a layer dense where that is faster
     path: str | None
 
 
@@ -57,7 +58,8 @@ class Result:
     rounds: int
     threads: int
     device: str
-    largest_reload_difference: float
+    layers: int  # linear layers that were offered to convert
+    largest_reload_difference: float  # of embeddings, converted in memory against reloaded
     rows: list[Row]
 
 
@@ -94,6 +96,16 @@ def load_tokenizer(model_name: str | Path):
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def _linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside numbered, that is repeated, blocks."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and re.search(r"\.\d+\.", name)
+    ]
+
+
 def encoder_recipe(
     model: nn.Module, density: float, block_shape: tuple[int, int] = (32, 32)
 ) -> "lk.Recipe":
@@ -101,14 +113,7 @@ def encoder_recipe(
 
     Layers outside of them (embeddings, pooler, heads) stay dense.
     """
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    ]
-    patterns = dict.fromkeys(
-        re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in linears if re.search(r"\.\d+\.", name)
-    )
+    patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in _linears(model))
     if not patterns:
         raise ValueError(f"{type(model).__name__} has no linear layers inside repeated blocks")
     rule = {"block_shape": list(block_shape), "density": density}
@@ -206,7 +211,7 @@ def run(
     rounds: int = 7,
     device: str = "cpu",
     overwrite: bool = False,
-    on_step: Callable[[str], None] = lambda step: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Result:
     """Convert a model at several densities, save, reload, compare with the dense one.
 
@@ -219,14 +224,19 @@ def run(
         out: gets one saved model per density and RESULTS; written whole or not at all.
         rounds: timed passes over all texts.
         overwrite: replace an earlier output in `out`.
-        on_step: told what comes next: once per density and per round, and three times more.
+        progress: called as progress(done, total, name) before each step and once at the end.
     """
     from transformers import AutoModel
 
     from lean_kernels.integrations.transformers import save
 
+    total, done = len(densities) + rounds + 3, itertools.count()
+
+    def step(name: str) -> None:
+        progress(next(done), total, name)
+
     with atomic_directory(out, RESULTS, overwrite) as scratch:
-        on_step("load the dense model")
+        step("load the dense model")
         tokenizer = load_tokenizer(model_name)
         if tokenizer is None:
             raise ValueError(f"{model_name} has no tokenizer, so no text can be embedded")
@@ -234,14 +244,12 @@ def run(
         positions = getattr(dense.config, "max_position_embeddings", None) or 512
         max_length = min(tokenizer.model_max_length, positions)
         batches = make_batches(tokenizer, texts, batch_size, max_length, device)
-        sizes = [_saved_bytes(dense)]
-        models = [dense.to(device)]
-        differences = []
+        models, sizes, differences = [dense], [_saved_bytes(dense)], [0.0]
+        dense.to(device)
         for density in densities:
-            on_step(f"convert at density {density:g}")
-            converted = lk.convert(
-                copy.deepcopy(dense), encoder_recipe(dense, density, block_shape)
-            )
+            step(f"convert at density {density:g}")
+            recipe = encoder_recipe(dense, density, block_shape)
+            converted = lk.convert(copy.deepcopy(dense), recipe)
             directory = scratch / _directory(density)
             save(converted, directory, tokenizer=tokenizer)
             reloaded = AutoModel.from_pretrained(directory).eval().to(device)
@@ -251,38 +259,26 @@ def run(
             models.append(reloaded)
             sizes.append(_weight_bytes(directory))
 
-        on_step("compare embeddings")
+        step("compare embeddings")
         embeddings = [embed(model, batches) for model in models]
-        seconds = [[] for _ in models]
-        for number in range(rounds):
-            on_step(f"time, round {number + 1} of {rounds}")
-            for model, times in zip(models, seconds, strict=True):
-                start = time.perf_counter()
-                embed(model, batches)  # ends with a copy to the CPU, so a GPU has finished
-                times.append(time.perf_counter() - start)
-
-        medians = [1e3 * statistics.median(times) for times in seconds]
-        rows = [
-            Row(
-                density=density,
-                milliseconds=milliseconds,
-                speedup=medians[0] / milliseconds,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                bytes_on_disk=size,
-                cosine=cosine,
-                spearman=rank_correlation,
-                lean_layers=sum(isinstance(m, lk.nn.BlockSparseLinear) for m in model.modules()),
-                path=None if density is None else str(Path(out) / _directory(density)),
+        milliseconds = _medians(models, batches, rounds, step)
+        rows = []
+        for index, density in enumerate((None, *densities)):
+            cosine, rank_correlation = fidelity(embeddings[0], embeddings[index])
+            modules, parameters = models[index].modules(), models[index].parameters()
+            rows.append(
+                Row(
+                    density=density,
+                    milliseconds=milliseconds[index],
+                    speedup=milliseconds[0] / milliseconds[index],
+                    parameters=sum(parameter.numel() for parameter in parameters),
+                    bytes_on_disk=sizes[index],
+                    cosine=cosine,
+                    spearman=rank_correlation,
+                    sparse_layers=sum(isinstance(m, lk.nn.BlockSparseLinear) for m in modules),
+                    path=None if density is None else str(Path(out) / _directory(density)),
+                )
             )
-            for density, milliseconds, model, size, (cosine, rank_correlation) in zip(
-                (None, *densities),
-                medians,
-                models,
-                sizes,
-                (fidelity(embeddings[0], embedding) for embedding in embeddings),
-                strict=True,
-            )
-        ]
         result = Result(
             model=str(model_name),
             texts=len(texts),
@@ -291,14 +287,28 @@ def run(
             rounds=rounds,
             threads=torch.get_num_threads(),
             device=device,
+            layers=len(_linears(dense)),
             largest_reload_difference=max(differences),
             rows=rows,
         )
         (scratch / RESULTS).write_text(json.dumps(asdict(result), indent=2) + "\n")
+        step("plot")
         if find_spec("matplotlib") is not None:
-            on_step("plot")
             plot(result, scratch / PLOT)
-        return result
+    step("")
+    return result
+
+
+def _medians(models: list, batches: list, rounds: int, step: Callable[[str], None]) -> list[float]:
+    """Milliseconds over all batches per model, taken in turn."""
+    seconds = [[] for _ in models]
+    for number in range(rounds):
+        step(f"time, round {number + 1} of {rounds}")
+        for model, times in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            embed(model, batches)  # ends with a copy to the CPU, so a GPU has finished
+            times.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(times) for times in seconds]
 
 
 def plot(result: Result, path: Path) -> None:
