@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 app = typer.Typer(
     name="lean-kernels",
@@ -52,6 +49,13 @@ def command(function: Callable) -> Callable:
     return app.command()(guarded)
 
 
+def _console():
+    """Stdout; wide where it is a file or a pipe, so that no table is cut."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
 @command
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -67,7 +71,6 @@ def info(
         typer.echo(json.dumps(report, indent=2))
         return
 
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -86,7 +89,7 @@ def info(
     for name, value in facts.items():
         text = ", ".join(value) if isinstance(value, list) else str(value)
         listing.add_row(name, escape(text or "CPU only"))
-    console = Console()
+    console = _console()
     console.print(listing)
 
     if isinstance(report["ops"], str):
@@ -133,15 +136,6 @@ def _require_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _load(path: str) -> "PreTrainedModel":
-    """The model in the class its configuration names, so that no head is lost."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(path)
-    name = (config.architectures or ["AutoModel"])[0]
-    return getattr(transformers, name, transformers.AutoModel).from_pretrained(path)
-
-
 @command
 def convert(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or the word minilm.")],
@@ -164,7 +158,7 @@ def convert(
     from lean_kernels.integrations.transformers import save
 
     rules = lk.Recipe.from_toml(recipe)
-    dense, tokenizer = _load(path), load_tokenizer(path)
+    dense, tokenizer = lk.load(path), load_tokenizer(path)
     with _progress() as progress:
         lean = lk.convert(dense, rules, progress=progress)
         save(lean, out, tokenizer=tokenizer, overwrite=force)
@@ -174,15 +168,16 @@ def convert(
 
 
 def _print_report(report) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     header, *rows = report.rows()
     table = Table(*header)
+    for column in table.columns[1:-1]:
+        column.no_wrap = True
     for row in rows:
         table.add_row(*map(escape, row))
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(report.summary())
 
@@ -251,7 +246,6 @@ def demo(
 
 
 def _print_comparison(result) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -271,7 +265,7 @@ def _print_comparison(result) -> None:
             f"{row.cosine:.4f}",
             f"{row.spearman:.4f}",
         )
-    console = Console(highlight=False)
+    console = _console()
     console.print(
         f"{Path(result.model).resolve().name}: {result.texts} texts, {result.tokens} tokens in "
         f"batches of {result.batch_size}, {result.threads} threads on {result.device}; "
