@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in PyTorch layers that turn pruning, compressed vocabularies and dropped tokens into speed.
 
-Importing this package costs little: Triton, transformers and the compiled kernels load on first use.
+Importing this package costs little: Triton, transformers and compiled kernels load on first use.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from lean_kernels.integrations import _on_import
 
 __version__ = "0.1.0"
 
@@ -29,10 +33,23 @@ def __getattr__(name: str):
         return importlib.import_module(f"lean_kernels.{name}")
     if name in _NAMES:
         value = getattr(importlib.import_module(_NAMES[name]), name)
-        globals()[name] = value  # `lean_kernels.convert` is a module too: the function wins
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'lean_kernels' has no attribute {name!r}")
 
 
 def __dir__():
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """`lean_kernels.convert` is a function and a submodule: importing that binds the function."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in _NAMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+_on_import.install()

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lean models in Hugging Face transformers: `save_pretrained` and `from_pretrained` as ever.
+
+Importing this module registers the quantization method "lean"; `import lean_kernels` arranges for
+that by itself. The format is specified in the README, section "File format".
+"""
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import transformers
+from packaging.version import Version
+from safetensors import safe_open
+from torch import nn
+
+if not Version("5.17") <= Version(transformers.__version__) < Version("6"):
+    raise ImportError(
+        f"lean_kernels works with transformers>=5.17,<6, found {transformers.__version__}; "
+        'install "lean_kernels[hf]"'
+    )
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lean_kernels import __version__
+from lean_kernels._files import atomic_directory
+from lean_kernels.convert import to_dense
+from lean_kernels.integrations.model_card import model_card
+from lean_kernels.ops.block_sparse_linear import bsr
+from lean_kernels.report import LeanReport, attached
+from lean_kernels.spec import FORMAT_VERSION, check, describe, rebuild
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+@register_quantization_config("lean")
+class LeanConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a lean model; see `lean_kernels.spec`."""
+
+    def __init__(self, modules=None, format_version=None, quant_method="lean", **unknown) -> None:
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"lean model: format_version must be 1 or up, got {format_version!r}")
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"lean model: written in format version {format_version}; lean_kernels "
+                f"{__version__} reads up to {FORMAT_VERSION}: upgrade lean_kernels"
+            )
+        if unknown:
+            raise ValueError(
+                f"lean model: unknown keys in quantization_config: {', '.join(sorted(unknown))}"
+            )
+        check(modules)
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = modules
+
+
+@register_quantizer("lean")
+class LeanQuantizer(HfQuantizer):
+    """Puts block-sparse layers into the empty model, and checks what was loaded into them."""
+
+    requires_calibration = True  # weights become lean in `convert`, never while loading
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        modules = self.quantization_config.modules
+        for file in checkpoint_files or ():
+            _check_file(file, modules)
+        saved_as = getattr(model.config, "architectures", None) or ()
+        self._same_class = type(model).__name__ in saved_as
+        self._built = rebuild(model, modules, partial=not self._same_class)
+        # With a quantizer, transformers takes whatever shape a file has: remember what is right.
+        self._expected = {
+            name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()
+        }
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        self._check_loaded(model)
+        for name in self._built:
+            layer = model.get_submodule(name)
+            layer.validate(name)
+            weight = bsr.blocks_empty(
+                layer.nnz, layer.block_shape, dtype=layer.weight.dtype, device=layer.weight.device
+            )
+            weight.copy_(
+                layer.weight.detach()
+            )  # files are row-major, kernels want block_out fastest
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        del self._built, self._expected, self._same_class
+        model.lean_report = partial(attached, LeanReport.of(model))
+        model.is_quantized = False  # parameters are plain floats: .half(), .float(), training work
+        return model
+
+    def _check_loaded(self, model) -> None:
+        problems = []
+        kept_in_fp32 = model._get_dtype_plan(model.config.dtype)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            shape, dtype = self._expected[name]
+            lean = name.rpartition(".")[0] in self._built
+            if tensor.is_meta:
+                problems.append(f"{name} is offloaded to disk, which lean models do not support")
+            elif tensor.shape != shape:
+                problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+            elif not getattr(tensor, "_is_hf_initialized", False):
+                if lean or (self._same_class and not _is_optional(model, name)):
+                    problems.append(f"{name} is missing")
+            elif tensor.is_floating_point() and not any(part in name for part in kept_in_fp32):
+                # A tensor whose name gained or lost the base model's prefix skips the cast.
+                tensor.data = tensor.data.to(dtype)
+        if problems:
+            raise ValueError(_listed("the checkpoint does not fit its description", problems))
+
+    def get_state_dict_and_metadata(self, model):
+        """Before save_pretrained writes the config: describe the model as it now is."""
+        model.config.quantization_config = LeanConfig(**describe(model))
+        return None, {}
+
+    def _dequantize(self, model, dtype=None):
+        return to_dense(model)
+
+
+def load(directory: str | os.PathLike, **kwargs) -> "transformers.PreTrainedModel":
+    """Load a saved model, lean or not, as the class it was saved from.
+
+    Args:
+        directory: a directory, or the name of a repository on the Hugging Face hub.
+        kwargs: as for `AutoModel.from_pretrained`. Weights are always read from safetensors.
+
+    Raises:
+        ValueError: a malformed description, or weights that do not fit it.
+        OSError: nothing to load there, or no safetensors.
+    """
+    hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+    names = getattr(
+        transformers.AutoConfig.from_pretrained(directory, **hub), "architectures", None
+    )
+    saved_as = getattr(transformers, names[0], None) if names else None
+    known = isinstance(saved_as, type) and issubclass(saved_as, transformers.PreTrainedModel)
+    chosen = saved_as if known else transformers.AutoModel
+    return chosen.from_pretrained(directory, **{**kwargs, "use_safetensors": True})
+
+
+def save(
+    model: "transformers.PreTrainedModel",
+    directory: str | os.PathLike,
+    tokenizer=None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Save a lean model with its tokenizer and a model card that says how to load it.
+
+    The directory appears whole or not at all. Weights and config are what
+    `model.save_pretrained(directory)` writes.
+
+    Args:
+        model: a Hugging Face model that `convert` made lean.
+        directory: must not exist, unless `overwrite` is set and it holds an earlier saved model.
+        tokenizer: anything with a `save_pretrained`.
+
+    Raises:
+        FileExistsError: `directory` is taken.
+        TypeError: not a Hugging Face model.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"save: expected a transformers model, got {type(model).__name__}; save the state_dict "
+            "of a plain nn.Module instead"
+        )
+    directory = Path(directory)
+    report = model.lean_report() if hasattr(model, "lean_report") else LeanReport.of(model)
+    description = describe(model)
+    with atomic_directory(directory, "config.json", overwrite) as scratch:
+        if description["modules"]:
+            model.config.quantization_config = description
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        card = model_card(directory.resolve().name, type(model).__name__, report)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_file(file: str, modules: dict) -> None:
+    """Only safetensors, and no tensor beyond those a block-sparse layer has."""
+    if not str(file).endswith(".safetensors"):
+        raise ValueError(f"lean model: {file}: only safetensors are read, never pickled weights")
+    with safe_open(file, framework="pt") as content:
+        keys = list(content.keys())
+    extra = []
+    for key in keys:
+        owner, _, leaf = key.rpartition(".")
+        if (entry := modules.get(owner)) is not None:
+            leaves = {"weight", "crow_indices", "col_indices"} | (
+                {"bias"} if entry["bias"] else set()
+            )
+            extra += [] if leaf in leaves else [key]
+    if extra:
+        raise ValueError(_listed(f"{file} holds tensors its description does not have", extra))
+
+
+def _is_optional(model, name: str) -> bool:
+    """Whether transformers itself leaves this tensor out of its checkpoints."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return name in (model._keys_to_ignore_on_save or ()) or any(
+        re.search(pattern, name) for pattern in patterns
+    )
+
+
+def _listed(what: str, items: list[str]) -> str:
+    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"lean model: {what}: {'; '.join(items[:5])}{more}"

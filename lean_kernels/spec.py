@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The description of a lean model that is saved beside its weights, and the model built from it.
+
+`describe` writes it, `rebuild` puts empty block-sparse layers into a dense model as it says. Both
+take any nn.Module; README, "File format", says what each key means.
+"""
+
+from torch import nn
+
+from lean_kernels.architectures import activation_after, activation_function
+from lean_kernels.nn import BlockSparseLinear
+from lean_kernels.ops.block_sparse_linear import bsr, op
+
+FORMAT_VERSION = 1
+_KIND = "block_sparse_linear"
+_KEYS = {
+    "kind": str,
+    "in_features": int,
+    "out_features": int,
+    "block_shape": list,
+    "nnz": int,
+    "bias": bool,
+    "activation": (str, type(None)),
+    "fused_module": (str, type(None)),
+}
+
+
+def why_not_convertible(module: nn.Module) -> str | None:
+    """None for an nn.Linear or a transformers Conv1D of a dtype the kernels have, else a reason."""
+    name = type(module).__name__
+    if isinstance(module, BlockSparseLinear):
+        return f"{name}, block-sparse already"
+    if type(module) is not nn.Linear and not (
+        name == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+    ):
+        subclass = "a subclass of nn.Linear that may use its weight in its own way"
+        return f"{name}, {subclass}" if isinstance(module, nn.Linear) else name
+    if module.weight.dtype not in op.DTYPES:
+        return f"{name} with a {module.weight.dtype} weight"
+    return None
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear or a Conv1D."""
+    shape = tuple(linear.weight.shape)
+    return shape if isinstance(linear, nn.Linear) else shape[::-1]
+
+
+def replace(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    """Put `module` at each of the dotted names."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def describe(model: nn.Module) -> dict:
+    """The saved description of the lean layers of `model`: plain lists, dicts, numbers, strings."""
+    modules = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BlockSparseLinear):
+            continue
+        parent, _, child = name.rpartition(".")
+        fused = activation_after(model.get_submodule(parent), child) if layer.activation else None
+        if fused and not isinstance(model.get_submodule(parent).get_submodule(fused), nn.Identity):
+            fused = None
+        modules[name] = {
+            "kind": _KIND,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "block_shape": list(layer.block_shape),
+            "nnz": layer.nnz,
+            "bias": layer.bias is not None,
+            "activation": layer.activation,
+            "fused_module": fused,
+        }
+    return {"quant_method": "lean", "format_version": FORMAT_VERSION, "modules": modules}
+
+
+def check(modules: dict) -> None:
+    """Raise ValueError unless `modules`, from a file of unknown origin, is well formed."""
+    if not isinstance(modules, dict) or not modules:
+        raise ValueError(f"lean model: modules must be a non-empty table, got {modules!r}")
+    for name, entry in modules.items():
+        where = f"lean model: module {name!r}"
+        if not isinstance(entry, dict) or entry.keys() != _KEYS.keys():
+            raise ValueError(f"{where} must have exactly the keys {list(_KEYS)}, got {entry!r}")
+        for key, expected in _KEYS.items():
+            value = entry[key]
+            if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+                raise ValueError(f"{where}: {key} has the wrong type, got {value!r}")
+        if entry["kind"] != _KIND:
+            raise ValueError(f"{where}: unknown kind {entry['kind']!r}; expected {_KIND!r}")
+        if entry["activation"] not in op.ACTIVATIONS:
+            raise ValueError(
+                f"{where}: unknown activation {entry['activation']!r}; "
+                f"expected one of {op.ACTIVATIONS}"
+            )
+        shape, block = (entry["out_features"], entry["in_features"]), entry["block_shape"]
+        if len(block) != 2 or any(type(size) is not int or size < 1 for size in (*block, *shape)):
+            raise ValueError(f"{where}: sizes must be positive integers, got {shape} in {block}")
+        rows, cols = bsr.grid(*shape, tuple(block))
+        if not 0 <= entry["nnz"] <= rows * cols:
+            raise ValueError(
+                f"{where}: nnz must lie in [0, {rows * cols}] for a {rows} x {cols} grid of "
+                f"blocks, got {entry['nnz']}"
+            )
+
+
+def rebuild(model: nn.Module, modules: dict, *, partial: bool = False) -> dict[str, str]:
+    """Replace the linears that `modules` names by block-sparse layers, weights uninitialised.
+
+    Names carry over between a Hugging Face base model and one with a head, as its weights do.
+
+    Args:
+        model: the dense model; `modules` must fit it, and is checked before it is touched.
+        modules: `describe(...)["modules"]`.
+        partial: pass over modules that `model` does not have, so long as it has some.
+
+    Returns:
+        Name in `model` of each layer built, to its name in `modules`.
+
+    Raises:
+        ValueError: malformed, or not a description of this model.
+    """
+    check(modules)
+    aliases: dict[int, list[str]] = {}
+    found = dict(model.named_modules(remove_duplicate=False))
+    for name, module in found.items():
+        aliases.setdefault(id(module), []).append(name)
+    plan = {}
+    for saved, entry in modules.items():
+        name = _resolve(saved, found, getattr(model, "base_model_prefix", ""))
+        if name is not None:
+            _check_fits(found, name, entry)
+            plan[name] = saved
+        elif not partial:
+            raise ValueError(f"lean model: {type(model).__name__} has no module {saved!r}")
+    if not plan:
+        raise ValueError(f"lean model: {type(model).__name__} has none of its block-sparse layers")
+    for name, saved in plan.items():
+        entry, linear = modules[saved], found[name]
+        layer = BlockSparseLinear(
+            entry["in_features"],
+            entry["out_features"],
+            entry["nnz"],
+            block_shape=tuple(entry["block_shape"]),
+            bias=entry["bias"],
+            activation=entry["activation"],
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        layer.dense_type = type(linear)
+        replace(model, aliases[id(linear)], layer.train(linear.training))
+        if entry["fused_module"] is not None:
+            parent = name.rpartition(".")[0]
+            setattr(model.get_submodule(parent), entry["fused_module"], nn.Identity())
+    return plan
+
+
+def _resolve(name: str, found: dict[str, nn.Module], prefix: str) -> str | None:
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if candidate and candidate in found:
+            return candidate
+    return None
+
+
+def _check_fits(found: dict[str, nn.Module], name: str, entry: dict) -> None:
+    linear, where = found[name], f"lean model: module {name!r}"
+    if (reason := why_not_convertible(linear)) is not None:
+        raise ValueError(f"{where} must be a linear layer in the dense model, it is {reason}")
+    shape = (entry["out_features"], entry["in_features"])
+    if linear_shape(linear) != shape or (linear.bias is not None) != entry["bias"]:
+        raise ValueError(
+            f"{where} is saved as out x in features {shape}, bias {entry['bias']}; the dense model "
+            f"has {linear_shape(linear)}, bias {linear.bias is not None}"
+        )
+    if entry["fused_module"] is not None:
+        parent = name.rpartition(".")[0]
+        replaced = found.get(f"{parent}.{entry['fused_module']}".lstrip("."))
+        if entry["activation"] is None or activation_function(replaced) != entry["activation"]:
+            raise ValueError(
+                f"{where} is said to run {entry['fused_module']!r} as {entry['activation']!r}, but "
+                f"there the dense model has {type(replaced).__name__}"
+            )
