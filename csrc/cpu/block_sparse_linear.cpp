@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+// block_sparse_linear and its gradients on CPU: tensors in, tasks out to torch's thread pool.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "isa.h"
+
+namespace lean_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunkRows = 72;     // rows of x one task packs: its panels stay in L2
+constexpr int64_t kLeastRows = 24;     // fewer rows per task would read the weights too often
+constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
+constexpr double kSerialFlop = 5e5;    // below this a second thread costs more than it brings
+
+// Memory a thread keeps from call to call, since fresh pages cost more than small products.
+void* thread_scratch(size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    bytes = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, bytes);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = bytes;
+  }
+  return buffer.data;
+}
+
+// Runs task(i) for i in [0, count), each on whichever thread is free.
+template <class F>
+void run_tasks(int64_t count, int64_t threads, const F& task) {
+  if (count == 1 || threads == 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  });
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    case ScalarType::Double: return kFloat64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "block_sparse_linear: dtype must be float32, bfloat16, float16 or float64");
+  return kDtypes;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A [..., cols] tensor as rows of unit stride.
+struct Rows {
+  Tensor tensor;
+  int64_t count, cols, stride;
+
+  explicit Rows(const Tensor& t) : tensor(t) {
+    STD_TORCH_CHECK(t.dim() >= 1, "block_sparse_linear: inputs must have at least one dimension");
+    cols = t.size(t.dim() - 1);
+    count = 1;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) count *= t.size(d);
+    if (t.dim() == 2 && t.stride(1) == 1) {
+      stride = t.stride(0);
+    } else {
+      if (!t.is_contiguous()) tensor = torch::stable::contiguous(t);
+      stride = cols;
+    }
+  }
+};
+
+// Indices of a pattern. Checked on every call: it is cheap, and no kernel can then leave its bounds.
+struct Pattern {
+  Tensor crow, col;
+  const int32_t *ptr, *index;
+  int64_t groups, nnz, most = 0;
+
+  Pattern(const Tensor& crow_indices, const Tensor& col_indices, int64_t block_rows,
+          int64_t block_cols)
+      : crow(crow_indices), col(col_indices) {
+    STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int,
+                    "block_sparse_linear: crow_indices and col_indices must be int32");
+    STD_TORCH_CHECK(crow.dim() == 1 && col.dim() == 1 && crow.size(0) == block_rows + 1,
+                    "block_sparse_linear: crow_indices must be [", block_rows + 1,
+                    "] and col_indices [nnz]");
+    if (!crow.is_contiguous()) crow = torch::stable::contiguous(crow);
+    if (!col.is_contiguous()) col = torch::stable::contiguous(col);
+    ptr = static_cast<const int32_t*>(crow.const_data_ptr());
+    index = static_cast<const int32_t*>(col.const_data_ptr());
+    groups = block_rows;
+    nnz = col.size(0);
+    bool rises = ptr[0] == 0 && ptr[groups] == nnz;
+    for (int64_t g = 0; g < groups; ++g) {
+      rises &= ptr[g] <= ptr[g + 1];
+      most = std::max<int64_t>(most, int64_t(ptr[g + 1]) - ptr[g]);
+    }
+    STD_TORCH_CHECK(rises, "block_sparse_linear: crow_indices must rise from 0 to nnz = ", nnz);
+    uint32_t largest = 0;  // a negative index becomes a huge one
+    for (int64_t e = 0; e < nnz; ++e) largest = std::max(largest, uint32_t(index[e]));
+    STD_TORCH_CHECK(nnz == 0 || int64_t(largest) < block_cols,
+                    "block_sparse_linear: col_indices must lie in [0, ", block_cols, ")");
+  }
+};
+
+BlockMatrix block_matrix(const Tensor& weight, const Pattern& pattern) {
+  return {weight.const_data_ptr(), pattern.ptr,      pattern.index,    nullptr,
+          pattern.groups,          weight.size(1),   weight.size(2),   weight.stride(0),
+          weight.stride(1),        weight.stride(2)};
+}
+
+void check_weight(const Tensor& weight, const Tensor& x, const Tensor& col) {
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(1) > 0 && weight.size(2) > 0 && col.dim() == 1 &&
+                      weight.size(0) == col.size(0),
+                  "block_sparse_linear: weight must be [nnz, block_out, block_in] with nnz as in "
+                  "col_indices");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
+                  "block_sparse_linear: x and weight must have the same dtype");
+}
+
+// First group of part `i` of `parts`, parts holding about equal work: entries, and a little for
+// each group's epilogue.
+int64_t split_groups(const BlockMatrix& w, int64_t i, int64_t parts) {
+  const auto work = [&](int64_t g) { return w.ptr[g] * w.block_in + 16 * g; };
+  const int64_t target = work(w.groups) * i / parts;
+  int64_t low = 0, high = w.groups;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (work(middle) < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return i == parts ? w.groups : low;
+}
+
+void run_product(const Product& p, const BlockSparseKernels& kernels) {
+  if (p.rows == 0) return;
+  const int64_t entries = p.w.ptr[p.w.groups];
+  const double flop = 2.0 * p.rows * entries * p.w.block_in * p.w.block_out +
+                      16.0 * p.rows * p.out_features;
+  const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
+  const int64_t unit = kernels.row_unit(p), units = ceil_div(p.rows, unit);
+  int64_t chunks = ceil_div(p.rows, std::max(unit, kChunkRows / unit * unit));
+  if (chunks > threads) {
+    chunks = std::min(units, ceil_div(chunks, threads) * threads);
+  } else {
+    chunks = std::max(chunks, std::min({threads, units, p.rows / kLeastRows}));
+  }
+  const int64_t splits = std::min(p.w.groups, ceil_div(threads, chunks));
+  const auto row_at = [&](int64_t chunk) {
+    return std::min(p.rows, units * chunk / chunks * unit);
+  };
+  run_tasks(chunks * splits, threads, [&](int64_t i) {
+    const int64_t chunk = i / splits, part = i % splits;
+    const Range range{row_at(chunk), row_at(chunk + 1), split_groups(p.w, part, splits),
+                      split_groups(p.w, part + 1, splits)};
+    if (range.row_begin == range.row_end || range.group_begin == range.group_end) return;
+    const int64_t rows = range.row_end - range.row_begin;
+    kernels.product(p, range, thread_scratch(kernels.product_scratch(p, rows)));
+  });
+}
+
+Tensor output_like(const Tensor& x, int64_t features) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = features;
+  return torch::stable::new_empty(x, sizes);
+}
+
+}  // namespace
+
+Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& crow_indices,
+                           const Tensor& col_indices, std::optional<Tensor> bias,
+                           std::optional<Tensor> residual, int64_t out_features,
+                           int64_t activation) {
+  check_weight(weight, x, col_indices);
+  const Rows in(x);
+  STD_TORCH_CHECK(in.cols > 0 && out_features > 0 && activation >= 0 && activation <= 4,
+                  "block_sparse_linear: in_features and out_features must be positive and "
+                  "activation a code from 0 to 4");
+  const Pattern pattern(crow_indices, col_indices, ceil_div(out_features, weight.size(1)),
+                        ceil_div(in.cols, weight.size(2)));
+  Tensor y = output_like(x, out_features);
+  Product p{in.tensor.const_data_ptr(), nullptr,  nullptr,      y.mutable_data_ptr(),
+            in.stride,                  0,        out_features, in.count,
+            in.cols,                    out_features, int(activation), pattern.most,
+            block_matrix(weight, pattern)};
+  std::optional<Rows> added;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features &&
+                        bias->scalar_type() == x.scalar_type(),
+                    "block_sparse_linear: bias must be [out_features] in x's dtype");
+    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
+    p.bias = bias->const_data_ptr();
+  }
+  if (residual) {
+    STD_TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == x.scalar_type(),
+                    "block_sparse_linear: residual must be [..., out_features] in x's dtype");
+    added.emplace(*residual);
+    p.residual = added->tensor.const_data_ptr();
+    p.ldr = added->stride;
+  }
+  run_product(p, cpu_kernels().block_sparse[dtype_of(x)]);
+  return y;
+}
+
+Tensor block_sparse_linear_grad_input(const Tensor& grad, const Tensor& weight,
+                                      const Tensor& crow_indices, const Tensor& col_indices,
+                                      int64_t in_features) {
+  check_weight(weight, grad, col_indices);
+  const Rows in(grad);
+  STD_TORCH_CHECK(in.cols > 0 && in_features > 0,
+                  "block_sparse_linear: in_features and out_features must be positive");
+  const int64_t block_cols = ceil_div(in_features, weight.size(2));
+  const Pattern pattern(crow_indices, col_indices, ceil_div(in.cols, weight.size(1)), block_cols);
+
+  // The transposed pattern, by counting sort: entries of each block column in row order.
+  std::vector<int32_t> ptr(block_cols + 1), index(pattern.nnz), position(pattern.nnz);
+  for (int64_t e = 0; e < pattern.nnz; ++e) ++ptr[pattern.index[e] + 1];
+  int64_t most = 0;
+  for (int64_t c = 0; c < block_cols; ++c) {
+    most = std::max<int64_t>(most, ptr[c + 1]);
+    ptr[c + 1] += ptr[c];
+  }
+  std::vector<int32_t> next(ptr.begin(), ptr.end() - 1);
+  for (int64_t g = 0; g < pattern.groups; ++g)
+    for (int32_t e = pattern.ptr[g]; e < pattern.ptr[g + 1]; ++e) {
+      const int32_t at = next[pattern.index[e]]++;
+      index[at] = int32_t(g);
+      position[at] = e;
+    }
+  Tensor dx = output_like(grad, in_features);
+  const BlockMatrix transposed{weight.const_data_ptr(), ptr.data(),       index.data(),
+                               position.data(),         block_cols,       weight.size(2),
+                               weight.size(1),          weight.stride(0), weight.stride(2),
+                               weight.stride(1)};
+  const Product p{in.tensor.const_data_ptr(), nullptr,     nullptr,     dx.mutable_data_ptr(),
+                  in.stride,                  0,           in_features, in.count,
+                  in.cols,                    in_features, 0,           most,
+                  transposed};
+  run_product(p, cpu_kernels().block_sparse[dtype_of(grad)]);
+  return dx;
+}
+
+Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
+                                       const Tensor& crow_indices, const Tensor& col_indices,
+                                       int64_t block_out, int64_t block_in) {
+  const Rows g(grad), in(x);
+  STD_TORCH_CHECK(block_out > 0 && block_in > 0 && g.cols > 0 && in.cols > 0 &&
+                      g.count == in.count && grad.scalar_type() == x.scalar_type(),
+                  "block_sparse_linear: grad [..., out_features] and x [..., in_features] must "
+                  "have the same leading sizes and dtype, and block sizes be positive");
+  const int64_t block_cols = ceil_div(in.cols, block_in);
+  const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
+  const Dtype dtype = dtype_of(x);
+  const ScalarType wide = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::new_empty(x, {pattern.nnz, block_in, block_out}, wide);
+  if (g.count == 0) torch::stable::zero_(out);
+  if (g.count > 0 && pattern.nnz > 0) {
+    const BlockSparseKernels& kernels = cpu_kernels().block_sparse[dtype];
+    const int64_t rows = std::min(g.count, kOuterRows), width = dtype == kFloat64 ? 8 : 4;
+    const int64_t grad_width = pattern.groups * block_out, x_width = block_cols * block_in;
+    char* panels = static_cast<char*>(thread_scratch(rows * (grad_width + x_width) * width));
+    BlockOuter p{g.tensor.const_data_ptr(),
+                 in.tensor.const_data_ptr(),
+                 out.mutable_data_ptr(),
+                 g.stride,
+                 in.stride,
+                 g.count,
+                 in.cols,
+                 g.cols,
+                 pattern.ptr,
+                 pattern.index,
+                 pattern.groups,
+                 block_cols,
+                 block_out,
+                 block_in,
+                 panels,
+                 panels + rows * grad_width * width,
+                 0,
+                 rows};
+    const double flop = 2.0 * g.count * pattern.nnz * block_out * block_in;
+    const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
+    const int64_t all = pattern.groups + block_cols;
+    const int64_t pack_parts = std::min(all, threads * 4);
+    const int64_t parts = std::min(pattern.nnz, threads * 8);
+    for (; p.panel_begin < g.count; p.panel_begin += rows) {
+      p.panel_rows = std::min(rows, g.count - p.panel_begin);
+      run_tasks(pack_parts, threads, [&](int64_t i) {
+        kernels.outer_pack(p, all * i / pack_parts, all * (i + 1) / pack_parts);
+      });
+      run_tasks(parts, threads, [&](int64_t i) {
+        int64_t e = pattern.nnz * i / parts;
+        const int64_t end = pattern.nnz * (i + 1) / parts;
+        int64_t group =
+            std::upper_bound(pattern.ptr, pattern.ptr + pattern.groups + 1, int32_t(e)) -
+            pattern.ptr - 1;
+        for (; e < end; ++group) {
+          const int64_t stop = std::min<int64_t>(end, pattern.ptr[group + 1]);
+          if (stop > e) kernels.outer(p, e, stop, group);
+          e = std::max(e, stop);
+        }
+      });
+    }
+  }
+  if (dtype != kFloat32 && dtype != kFloat64) out = torch::stable::to(out, x.scalar_type());
+  return torch::stable::transpose(out, 1, 2);
+}
+
+}  // namespace lean_kernels

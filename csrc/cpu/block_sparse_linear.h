@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the per-instruction-set kernels of block_sparse_linear take: plain pointers and sizes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lean_kernels {
+
+// A block-sparse matrix W seen as groups of `block_out` outputs. Group g owns the entries
+// ptr[g] .. ptr[g + 1]; entry e reads input block index[e] and stored block position[e] (e itself
+// when position is null). Element (o, i) of stored block b lies at
+// values[b * block_stride + o * out_stride + i * in_stride].
+struct BlockMatrix {
+  const void* values;
+  const int32_t* ptr;
+  const int32_t* index;
+  const int32_t* position;
+  int64_t groups;
+  int64_t block_out, block_in;
+  int64_t block_stride, out_stride, in_stride;
+};
+
+// y [rows, out_features] = activation(x [rows, in_features] Wᵀ + bias) + residual, rows of stride ld*.
+struct Product {
+  const void* x;
+  const void* bias;      // [out_features] or null
+  const void* residual;  // like y, or null
+  void* y;
+  int64_t ldx, ldr, ldy;
+  int64_t rows, in_features, out_features;
+  int activation;
+  int64_t max_entries;  // most entries of any group
+  BlockMatrix w;
+};
+
+// The part of a product one task computes.
+struct Range {
+  int64_t row_begin, row_end;
+  int64_t group_begin, group_end;
+};
+
+// Gradient of the kept blocks: out[b] (o, i) = sum over rows of grad[row, o of b] * x[row, i of b],
+// written in float32/float64 with the strides of a BlockMatrix.
+struct BlockOuter {
+  const void* grad;
+  const void* x;
+  void* out;
+  int64_t ldg, ldx;
+  int64_t rows, in_features, out_features;
+  const int32_t* ptr;
+  const int32_t* index;
+  int64_t groups, inputs;  // block rows and block columns
+  int64_t block_out, block_in;
+  // Panels of the current rows: [groups][panel_rows][block_out] and [inputs][panel_rows][block_in].
+  void* grad_panels;
+  void* x_panels;
+  int64_t panel_begin, panel_rows;
+};
+
+// One instruction set's kernels for one storage type.
+struct BlockSparseKernels {
+  int64_t (*row_unit)(const Product&);  // rows a task should hold a multiple of
+  size_t (*product_scratch)(const Product&, int64_t rows);  // bytes for a task of that many rows
+  void (*product)(const Product&, const Range&, void* scratch);
+  void (*outer_pack)(const BlockOuter&, int64_t begin, int64_t end);  // panels, grad first, then x
+  void (*outer)(const BlockOuter&, int64_t entry_begin, int64_t entry_end, int64_t group);
+};
+
+}  // namespace lean_kernels

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace lean_kernels {
+namespace {
+
+struct Candidate {
+  const CpuKernels* kernels;
+  bool present;
+};
+
+const CpuKernels& choose() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const Candidate candidates[] = {
+      {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_generic, true}};
+#else
+  const Candidate candidates[] = {{&kernels_generic, true}};
+#endif
+  const char* wanted = std::getenv("LEAN_KERNELS_CPU_ISA");
+  std::string present;
+  for (const Candidate& c : candidates) {
+    if (!c.present) continue;
+    if (!wanted || !*wanted || !std::strcmp(wanted, c.kernels->name)) return *c.kernels;
+    present += std::string(present.empty() ? "" : ", ") + c.kernels->name;
+  }
+  throw std::runtime_error("LEAN_KERNELS_CPU_ISA=" + std::string(wanted) +
+                           " is not available here; expected one of: " + present);
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace lean_kernels
+
+// Diagnostics for `lean-kernels info` and the benchmarks, called through ctypes.
+extern "C" {
+
+// Name of the instruction set in use; null when LEAN_KERNELS_CPU_ISA asks for a missing one.
+__attribute__((visibility("default"))) const char* lean_kernels_cpu_isa() {
+  try {
+    return lean_kernels::cpu_kernels().name;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// Multiply-add rate in FLOP/s of torch's current number of threads, over about `seconds`.
+__attribute__((visibility("default"))) double lean_kernels_fma_peak(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const auto* kernels = &lean_kernels::cpu_kernels();
+  const int64_t threads = torch::stable::get_num_threads(), iterations = 1 << 16;
+  double best = 0;
+  const auto start = Clock::now();
+  while (std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
+    const auto begin = Clock::now();
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t)
+        for (int i = 0; i < 8; ++i) kernels->fma_peak(iterations);
+    });
+    const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
+    const double rate = 8 * double(threads) * kernels->fma_peak(1) * iterations / elapsed;
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+}

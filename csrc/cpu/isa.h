@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of each instruction set, and the one in use.
+#pragma once
+
+#include "block_sparse_linear.h"
+
+namespace lean_kernels {
+
+enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
+
+struct CpuKernels {
+  const char* name;
+  BlockSparseKernels block_sparse[kDtypes];
+  double (*fma_peak)(int64_t iterations);  // returns the FLOP executed; the caller takes the time
+};
+
+extern const CpuKernels kernels_generic;
+#if defined(__x86_64__)
+extern const CpuKernels kernels_avx2, kernels_avx512;
+#endif
+
+// The best set this processor has, or the one LEAN_KERNELS_CPU_ISA names. Throws
+// std::runtime_error when that name is unknown or the processor lacks it.
+const CpuKernels& cpu_kernels();
+
+}  // namespace lean_kernels

@@ -1,0 +1,542 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loops of block_sparse_linear, for one instruction set.
+//
+// Every output is one chain of fused multiply-adds over its group's entries in order, and over
+// the inputs of a block in order, started from the bias. Tiles of any height and both loop nests
+// below keep that chain, so a row's result depends neither on the rest of the batch nor on threads.
+#pragma once
+
+#include "../block_sparse_linear.h"
+#include "activations.h"
+
+namespace lean_kernels {
+namespace {
+
+template <class T>
+LK_INLINE T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Register tiles: rows x vectors of accumulators, leaving room for operands in 16 or 32 registers.
+#if defined(__AVX512F__)
+constexpr int kWideRows = 12, kNarrowRows = 24;
+#else
+constexpr int kWideRows = 6, kNarrowRows = 12;
+#endif
+
+// Rows cut into panels of nearly equal height <= most, so that no panel is a thin remainder.
+struct Panels {
+  int64_t rows, count;
+  Panels(int64_t rows, int64_t most) : rows(rows), count(ceil_div(rows, most)) {}
+  int64_t begin(int64_t i) const { return rows * i / count; }
+  int64_t height(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// ---- epilogue ---------------------------------------------------------------------------------
+
+template <int kActivation, class S, class A>
+void finish_as(const A* tile, int64_t ldt, int rows, int64_t cols, const S* residual, int64_t ldr,
+               S* y, int64_t ldy) {
+  constexpr int W = kLanes<A>;
+  for (int r = 0; r < rows; ++r, tile += ldt, y += ldy) {
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      Vec<A> v = activate<kActivation>(load(tile + c));
+      if (residual) v += load_wide(residual + r * ldr + c);
+      store_narrow(y + c, v);
+    }
+    if (c < cols) {
+      A lanes[W];
+      store(lanes, activate<kActivation>(load(tile + c)));
+      for (int64_t i = 0; c + i < cols; ++i) {
+        A v = lanes[i];
+        if (residual) v += widen(residual[r * ldr + c + i]);
+        narrow(v, y + c + i);
+      }
+    }
+  }
+}
+
+// Applies activation and residual to a tile of sums (padded to whole vectors) and writes it out.
+template <class S, class A>
+void finish(int activation, const A* tile, int64_t ldt, int rows, int64_t cols, const S* residual,
+            int64_t ldr, S* y, int64_t ldy) {
+  switch (activation) {
+    case kRelu: return finish_as<kRelu>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+    case kGelu: return finish_as<kGelu>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+    case kGeluTanh: return finish_as<kGeluTanh>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+    case kSilu: return finish_as<kSilu>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+    default: return finish_as<kIdentity>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+  }
+}
+
+// ---- lanes along outputs: block_out is a multiple of the vector -------------------------------
+
+// One group's entries, as the tiles read them.
+template <class A>
+struct Entries {
+  const int32_t* index;
+  const int32_t* position;  // null: weights lie in entry order
+  int64_t count;
+  const A* w;  // [entry][block_in][...], outputs contiguous
+  int64_t w_block, w_in;
+  int64_t block_in;
+};
+
+// out [R, V vectors] = init + sum over entries of x [R, block_in] w [block_in, V vectors].
+// x: panel [input block][R][block_in].
+template <class A, int R, int V, int kBlockIn>
+void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out, int64_t ldo) {
+  constexpr int W = kLanes<A>;
+  const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
+  Vec<A> acc[R][V];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = init[v];
+  for (int64_t i = 0; i < e.count; ++i) {
+    const A* xb = x + e.index[i] * (R * block_in);
+    const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+    if (i + 1 < e.count) {  // inputs jump from block to block: no hardware prefetcher follows
+      const char* next = reinterpret_cast<const char*>(x + e.index[i + 1] * (R * block_in));
+      for (int64_t b = 0; b < R * block_in * int64_t(sizeof(A)); b += 64)
+        __builtin_prefetch(next + b);
+    }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < block_in; ++k, wb += e.w_in) {
+      Vec<A> w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) w[v] = load(wb + v * W);
+#pragma GCC unroll 24
+      for (int r = 0; r < R; ++r) {
+        A xs = xb[r * block_in + k];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] += w[v] * xs;
+      }
+    }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v]);
+}
+
+template <class A>
+using TileLanesOut = void (*)(const Entries<A>&, const A*, const Vec<A>*, A*, int64_t);
+
+template <class A, int V, int kBlockIn, int R>
+TileLanesOut<A> tile_of_height(int64_t rows) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    return rows == R ? tile_lanes_out<A, R, V, kBlockIn>
+                     : tile_of_height<A, V, kBlockIn, R - 1>(rows);
+  }
+}
+template <class A, int V, int R>
+TileLanesOut<A> tile_for(int64_t rows, int64_t block_in) {
+  switch (block_in) {
+    case 16: return tile_of_height<A, V, 16, R>(rows);
+    case 32: return tile_of_height<A, V, 32, R>(rows);
+    case 64: return tile_of_height<A, V, 64, R>(rows);
+    default: return tile_of_height<A, V, 0, R>(rows);
+  }
+}
+
+// x rows of one panel as [input block][R][block_in], widened, columns past the edge zero.
+template <class S, class A>
+void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t block_in, A* panel) {
+  constexpr int W = kLanes<A>;
+  for (int64_t r = 0; r < rows; ++r, x += ldx) {
+    A* to = panel + r * block_in;
+    for (int64_t c = 0; c < cols; c += block_in, to += rows * block_in) {
+      int64_t n = min_of(block_in, cols - c), k = 0;
+      for (; k + W <= n; k += W) store(to + k, load_wide(x + c + k));
+      for (; k < n; ++k) to[k] = widen(x[c + k]);
+      for (; k < block_in; ++k) to[k] = 0;
+    }
+  }
+}
+
+// The group's blocks as [entry][block_in][block_out], widened.
+template <class S, class A>
+void pack_blocks(const BlockMatrix& w, int64_t begin, int64_t end, A* to) {
+  constexpr int W = kLanes<A>;
+  for (int64_t e = begin; e < end; ++e) {
+    const S* from =
+        static_cast<const S*>(w.values) + (w.position ? w.position[e] : e) * w.block_stride;
+    for (int64_t i = 0; i < w.block_in; ++i, to += w.block_out) {
+      const S* row = from + i * w.in_stride;
+      int64_t o = 0;
+      if (w.out_stride == 1)
+        for (; o + W <= w.block_out; o += W) store(to + o, load_wide(row + o));
+      for (; o < w.block_out; ++o) to[o] = widen(row[o * w.out_stride]);
+    }
+  }
+}
+
+LK_INLINE int64_t padded_inputs(const Product& p) {
+  return ceil_div(p.in_features, p.w.block_in) * p.w.block_in;
+}
+
+template <class S>
+bool packs_blocks(const Product& p) {
+  return sizeof(S) != sizeof(typename Accumulator<S>::type) || p.w.out_stride != 1;
+}
+
+template <class S, int V, int kMaxRows>
+void product_lanes_out(const Product& p, const Range& t, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>, kStrip = V * W;
+  constexpr int kThin = 3;  // panels this thin take wider strips: more chains in flight
+  const BlockMatrix& w = p.w;
+  const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
+  const Panels panels(rows, kMaxRows);
+  const bool packs = packs_blocks<S>(p);
+  A* xs = static_cast<A*>(scratch);
+  A* packed = xs + rows * inputs;
+  const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
+  for (int64_t i = 0; i < panels.count; ++i) {
+    int64_t at = panels.begin(i);
+    pack_panel(x + at * p.ldx, p.ldx, panels.height(i), p.in_features, w.block_in,
+               xs + at * inputs);
+  }
+  const bool thin = panels.begin(1) <= kThin && panels.count == 1 && w.block_out % (4 * W) == 0;
+  const int64_t strip = thin ? 4 * W : kStrip;
+  A tile[kMaxRows * kStrip > kThin * 4 * W ? kMaxRows * kStrip : kThin * 4 * W];
+
+  for (int64_t g = t.group_begin; g < t.group_end; ++g) {
+    const int64_t begin = w.ptr[g], end = w.ptr[g + 1];
+    Entries<A> e{w.index + begin, nullptr, end - begin, packed, w.block_in * w.block_out,
+                 w.block_out, w.block_in};
+    if (packs) {
+      pack_blocks<S>(w, begin, end, packed);
+    } else {
+      e.position = w.position ? w.position + begin : nullptr;
+      e.w = static_cast<const A*>(w.values) + (w.position ? 0 : begin * w.block_stride);
+      e.w_block = w.block_stride;
+      e.w_in = w.in_stride;
+    }
+    for (int64_t o = 0; o < w.block_out; o += strip, e.w += strip) {
+      const int64_t out = g * w.block_out + o, cols = min_of(strip, p.out_features - out);
+      if (cols <= 0) break;
+      A bias[4 * W > kStrip ? 4 * W : kStrip] = {};
+      if (p.bias)
+        for (int64_t c = 0; c < cols; ++c) bias[c] = widen(static_cast<const S*>(p.bias)[out + c]);
+      Vec<A> init[4];
+      for (int v = 0; v < strip / W; ++v) init[v] = load(bias + v * W);
+      const bool direct = sizeof(S) == sizeof(A) && cols == strip && !p.activation && !p.residual;
+      TileLanesOut<A> run = nullptr;
+      int64_t height = 0;
+      for (int64_t i = 0; i < panels.count; ++i) {
+        const int64_t at = panels.begin(i), row = t.row_begin + at;
+        if (panels.height(i) != height) {
+          height = panels.height(i);
+          run = thin ? tile_for<A, 4, kThin>(height, w.block_in)
+                     : tile_for<A, V, kMaxRows>(height, w.block_in);
+        }
+        S* y = static_cast<S*>(p.y) + row * p.ldy + out;
+        if (direct) {
+          run(e, xs + at * inputs, init, reinterpret_cast<A*>(y), p.ldy);
+        } else {
+          run(e, xs + at * inputs, init, tile, strip);
+          const S* residual = static_cast<const S*>(p.residual);
+          finish(p.activation, tile, strip, int(height), cols,
+                 residual ? residual + row * p.ldr + out : nullptr, p.ldr, y, p.ldy);
+        }
+      }
+    }
+  }
+}
+
+// ---- lanes along rows: any block_out ----------------------------------------------------------
+
+// x rows of one panel as [inputs][L], rows and columns past the edge zero.
+template <class S, class A, int L>
+void pack_panel_transposed(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t inputs,
+                           A* panel) {
+  for (int64_t r = 0; r < L; ++r) {
+    int64_t k = 0;
+    if (r < rows)
+      for (; k < cols; ++k) panel[k * L + r] = widen(x[r * ldx + k]);
+    for (; k < inputs; ++k) panel[k * L + r] = 0;
+  }
+}
+
+// out [N][L] = bias + sum over entries of w [N, block_in] x [block_in, L]. Each of N outputs keeps
+// kChains partial sums over inputs (k modulo kChains), added up at the end: with few outputs one
+// chain would wait for each multiply-add.
+template <class A, int N, int V, int kChains>
+void tile_lanes_rows(const Entries<A>& e, int64_t w_out, const A* x, const A* bias, A* out) {
+  constexpr int W = kLanes<A>, L = V * W;
+  Vec<A> acc[N][kChains][V];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[n][c][v] = splat(c ? A(0) : bias[n]);
+  for (int64_t i = 0; i < e.count; ++i) {
+    const A* xb = x + e.index[i] * (e.block_in * L);
+    const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+    int64_t k = 0;
+    for (; k + kChains <= e.block_in; k += kChains)
+#pragma GCC unroll 8
+      for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          Vec<A> xv = load(xb + (k + c) * L + v * W);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) acc[n][c][v] += xv * wb[n * w_out + (k + c) * e.w_in];
+        }
+    for (; k < e.block_in; ++k)
+      for (int v = 0; v < V; ++v)
+        for (int n = 0; n < N; ++n)
+          acc[n][0][v] += load(xb + k * L + v * W) * wb[n * w_out + k * e.w_in];
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      Vec<A> sum = acc[n][0][v];
+#pragma GCC unroll 8
+      for (int c = 1; c < kChains; ++c) sum += acc[n][c][v];
+      store(out + n * L + v * W, sum);
+    }
+}
+
+constexpr int64_t kStripBytes = 128 << 10;  // weights one pass over the panels keeps in L2
+
+template <class S, int N, int V, int kChains>
+void product_lanes_rows(const Product& p, const Range& t, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  constexpr int L = V * kLanes<A>, kOutputs = 16;
+  const BlockMatrix& w = p.w;
+  const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
+  const int64_t block = w.block_in * w.block_out;
+  const bool packs = sizeof(S) != sizeof(A);
+  A* xs = static_cast<A*>(scratch);
+  A* packed = xs + ceil_div(rows, L) * L * inputs;
+  const S* x = static_cast<const S*>(p.x);
+  for (int64_t r = 0; r < rows; r += L)
+    pack_panel_transposed<S, A, L>(x + (t.row_begin + r) * p.ldx, p.ldx, min_of<int64_t>(L, rows - r),
+                                   p.in_features, inputs, xs + r * inputs);
+
+  A sums[kOutputs * L], tile[L * kOutputs];
+  int64_t strip_begin = t.group_begin;
+  while (strip_begin < t.group_end) {
+    int64_t strip_end = strip_begin + 1;
+    while (strip_end < t.group_end &&
+           (w.ptr[strip_end + 1] - w.ptr[strip_begin]) * block * int64_t(sizeof(A)) <= kStripBytes)
+      ++strip_end;
+    const int64_t base = w.ptr[strip_begin];
+    if (packs) pack_blocks<S>(w, base, w.ptr[strip_end], packed);
+    for (int64_t r = 0; r < rows; r += L) {
+      const int64_t row = t.row_begin + r, height = min_of<int64_t>(L, rows - r);
+      int64_t filled = 0, out = strip_begin * w.block_out;
+      for (int64_t g = strip_begin; g < strip_end; ++g) {
+        const int64_t begin = w.ptr[g];
+        Entries<A> e{w.index + begin, nullptr, w.ptr[g + 1] - begin, nullptr, 0, 0, w.block_in};
+        int64_t w_out;
+        if (packs) {
+          e.w = packed + (begin - base) * block;
+          e.w_block = block, e.w_in = w.block_out, w_out = 1;
+        } else {
+          e.position = w.position ? w.position + begin : nullptr;
+          e.w = static_cast<const A*>(w.values) + (w.position ? 0 : begin * w.block_stride);
+          e.w_block = w.block_stride, e.w_in = w.in_stride, w_out = w.out_stride;
+        }
+        for (int64_t o = 0; o < w.block_out; o += N) {
+          const int64_t first = g * w.block_out + o;
+          if (first >= p.out_features) break;
+          A bias[N];
+          for (int n = 0; n < N; ++n)
+            bias[n] = p.bias && first + n < p.out_features
+                          ? widen(static_cast<const S*>(p.bias)[first + n])
+                          : A(0);
+          tile_lanes_rows<A, N, V, kChains>(e, w_out, xs + r * inputs, bias, sums + filled * L);
+          e.w += N * w_out;
+          filled += N;
+          const bool last = g + 1 == strip_end && o + N >= w.block_out;
+          if (filled + N > kOutputs || last || first + N >= p.out_features) {
+            for (int64_t n = 0; n < filled; ++n)
+              for (int64_t i = 0; i < height; ++i) tile[i * kOutputs + n] = sums[n * L + i];
+            const S* residual = static_cast<const S*>(p.residual);
+            finish(p.activation, tile, kOutputs, int(height), min_of(filled, p.out_features - out),
+                   residual ? residual + row * p.ldr + out : nullptr, p.ldr,
+                   static_cast<S*>(p.y) + row * p.ldy + out, p.ldy);
+            out += filled;
+            filled = 0;
+          }
+        }
+      }
+    }
+    strip_begin = strip_end;
+  }
+}
+
+// ---- choice of loop nest: by block shape alone, so that it is the same for every batch ----------
+
+template <class S>
+void product(const Product& p, const Range& t, void* scratch) {
+  constexpr int W = kLanes<typename Accumulator<S>::type>;
+  if (p.w.block_out % (2 * W) == 0) return product_lanes_out<S, 2, kWideRows>(p, t, scratch);
+  if (p.w.block_out % W == 0) return product_lanes_out<S, 1, kNarrowRows>(p, t, scratch);
+  if (p.w.block_out % 4 == 0) return product_lanes_rows<S, 4, 3, 1>(p, t, scratch);
+  return product_lanes_rows<S, 1, 1, 8>(p, t, scratch);
+}
+
+// Rows a task should hold a multiple of: the lanes of a panel, where rows are the lanes.
+template <class S>
+int64_t product_row_unit(const Product& p) {
+  constexpr int W = kLanes<typename Accumulator<S>::type>;
+  if (p.w.block_out % W == 0) return 1;
+  return p.w.block_out % 4 == 0 ? 3 * W : W;
+}
+
+template <class S>
+size_t product_scratch(const Product& p, int64_t rows) {
+  using A = typename Accumulator<S>::type;
+  constexpr int64_t kMostLanes = 3 * kLanes<A>;
+  const int64_t block = p.w.block_in * p.w.block_out;
+  int64_t size = ceil_div(rows, kMostLanes) * kMostLanes * padded_inputs(p);
+  if (packs_blocks<S>(p)) size += p.max_entries * block + kStripBytes / int64_t(sizeof(A));
+  return size_t(size) * sizeof(A);
+}
+
+// ---- gradient of the kept blocks ---------------------------------------------------------------
+
+// Rows [panel_begin, + panel_rows) of grad (panels 0 .. groups) and x (then `inputs` more) as
+// [panel][row][block], widened and zero-padded.
+template <class S>
+void outer_pack(const BlockOuter& p, int64_t begin, int64_t end) {
+  using A = typename Accumulator<S>::type;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool is_grad = i < p.groups;
+    const int64_t at = is_grad ? i : i - p.groups;
+    const int64_t block = is_grad ? p.block_out : p.block_in;
+    const int64_t cols = (is_grad ? p.out_features : p.in_features) - at * block;
+    const int64_t ld = is_grad ? p.ldg : p.ldx;
+    const S* from = static_cast<const S*>(is_grad ? p.grad : p.x) + p.panel_begin * ld + at * block;
+    A* to = static_cast<A*>(is_grad ? p.grad_panels : p.x_panels) + at * p.panel_rows * block;
+    pack_panel(from, ld, p.panel_rows, min_of(block, cols), block, to);
+  }
+}
+
+// out [R inputs][V vectors of outputs] (+)= sum over rows of x [row, R] grad [row, V vectors].
+template <class A, int R, int V>
+void tile_outer(const A* vectors, int64_t ldv, const A* scalars, int64_t lds, int64_t rows, A* out,
+                int64_t ldo, bool add) {
+  constexpr int W = kLanes<A>;
+  Vec<A> acc[R][V];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = add ? load(out + r * ldo + v * W) : splat(A(0));
+  for (int64_t m = 0; m < rows; ++m, vectors += ldv, scalars += lds) {
+    Vec<A> g[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) g[v] = load(vectors + v * W);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += g[v] * scalars[r];
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v]);
+}
+
+template <class A, int V, int R>
+void tile_outer_of_height(int64_t height, const A* vectors, int64_t ldv, const A* scalars,
+                          int64_t lds, int64_t rows, A* out, int64_t ldo, bool add) {
+  if constexpr (R > 0) {
+    if (height == R) return tile_outer<A, R, V>(vectors, ldv, scalars, lds, rows, out, ldo, add);
+    tile_outer_of_height<A, V, R - 1>(height, vectors, ldv, scalars, lds, rows, out, ldo, add);
+  }
+}
+
+// One block of sums, vectors along `lanes`: out[other * out_other + lane * out_lane].
+template <class A, int V, int kMaxRows>
+void outer_block(const A* vectors, int64_t lanes, const A* scalars, int64_t others, int64_t rows,
+                 A* out, int64_t out_other, int64_t out_lane, bool add) {
+  constexpr int L = V * kLanes<A>;
+  const Panels panels(others, kMaxRows);
+  for (int64_t l = 0; l < lanes; l += L)
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t at = panels.begin(i), height = panels.height(i);
+      A* to = out + at * out_other + l * out_lane;
+      if (out_lane == 1) {
+        tile_outer_of_height<A, V, kMaxRows>(height, vectors + l, lanes, scalars + at, others, rows,
+                                             to, out_other, add);
+        continue;
+      }
+      A tile[kMaxRows * L] = {};
+      tile_outer_of_height<A, V, kMaxRows>(height, vectors + l, lanes, scalars + at, others, rows,
+                                           tile, L, false);
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < L; ++c) {
+          A& sum = to[r * out_other + c * out_lane];
+          sum = add ? sum + tile[r * L + c] : tile[r * L + c];
+        }
+    }
+}
+
+// Entries [begin, end) of one group; out is [entry][block_in][block_out].
+template <class S>
+void outer(const BlockOuter& p, int64_t begin, int64_t end, int64_t group) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>;
+  const int64_t rows = p.panel_rows, bo = p.block_out, bi = p.block_in;
+  const bool add = p.panel_begin > 0;
+  const A* grad = static_cast<const A*>(p.grad_panels) + group * rows * bo;
+  for (int64_t e = begin; e < end; ++e) {
+    const A* x = static_cast<const A*>(p.x_panels) + p.index[e] * rows * bi;
+    A* out = static_cast<A*>(p.out) + e * bo * bi;
+    if (bo % (2 * W) == 0) {
+      outer_block<A, 2, kWideRows>(grad, bo, x, bi, rows, out, bo, 1, add);
+    } else if (bi % (2 * W) == 0) {
+      outer_block<A, 2, kWideRows>(x, bi, grad, bo, rows, out, 1, bo, add);
+    } else if (bo % W == 0) {
+      outer_block<A, 1, kNarrowRows>(grad, bo, x, bi, rows, out, bo, 1, add);
+    } else if (bi % W == 0) {
+      outer_block<A, 1, kNarrowRows>(x, bi, grad, bo, rows, out, 1, bo, add);
+    } else {
+      for (int64_t i = 0; i < bi; ++i)
+        for (int64_t o = 0; o < bo; ++o) {
+          A sum = add ? out[i * bo + o] : A(0);
+          for (int64_t m = 0; m < rows; ++m) sum += grad[m * bo + o] * x[m * bi + i];
+          out[i * bo + o] = sum;
+        }
+    }
+  }
+}
+
+template <class S>
+constexpr BlockSparseKernels block_sparse_kernels() {
+  return {product_row_unit<S>, product_scratch<S>, product<S>, outer_pack<S>, outer<S>};
+}
+
+// Multiply-adds on as many independent accumulators as hide their latency; returns the FLOP done.
+double fma_peak(int64_t iterations) {
+  constexpr int kChains = 10;
+  Vec<float> acc[kChains] = {}, scale = splat(0.999f);
+  for (int64_t i = 0; i < iterations; ++i)
+#pragma GCC unroll 10
+    for (int c = 0; c < kChains; ++c) {
+      acc[c] = acc[c] * scale + scale;
+#if defined(__AVX512F__)
+      asm volatile("" : "+v"(acc[c]));
+#elif defined(__x86_64__)
+      asm volatile("" : "+x"(acc[c]));
+#else
+      asm volatile("" : "+w"(acc[c]));
+#endif
+    }
+  return 2.0 * kChains * kLanes<float> * double(iterations);
+}
+
+}  // namespace
+}  // namespace lean_kernels

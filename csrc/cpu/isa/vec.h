@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of one instruction set. Included once per set, with LEAN_KERNELS_ISA its namespace; all
+// names are local to the including file, so that no set's code is ever linked into another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 headers, GCC bug 105593
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace lean_kernels {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+#define LK_INLINE inline __attribute__((always_inline))
+
+template <class T>
+LK_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <class T>
+LK_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+template <class T>
+LK_INLINE Vec<T> splat(T s) {
+  return s - Vec<T>{};
+}
+
+// Storage types: how a tensor's elements become the accumulator type and back.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+LK_INLINE float widen(float v) { return v; }
+LK_INLINE double widen(double v) { return v; }
+LK_INLINE float widen(BFloat16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+LK_INLINE float widen(Float16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff, bits;
+  if (rest >= 0x7c00) {
+    bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+  } else if (rest >= 0x400) {
+    bits = sign | ((rest + 0x1c000) << 13);
+  } else {  // subnormal: exact in float32
+    float f = float(rest) * 0x1p-24f;
+    return sign ? -f : f;
+  }
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+LK_INLINE void narrow(float v, float* p) { *p = v; }
+LK_INLINE void narrow(double v, double* p) { *p = v; }
+LK_INLINE void narrow(float v, BFloat16* p) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  p->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded);
+}
+LK_INLINE void narrow(float v, Float16* p) {
+#if defined(__F16C__)
+  p->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) {
+    p->bits = uint16_t(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+  } else if (rest >= 0x477ff000) {  // rounds past the largest finite value
+    p->bits = uint16_t(sign | 0x7c00);
+  } else if (rest < 0x38800000) {  // subnormal: let float32 addition round at 2^-24
+    float f;
+    memcpy(&f, &rest, 4);
+    f += 0.5f;
+    memcpy(&bits, &f, 4);
+    p->bits = uint16_t(sign | (bits - 0x3f000000));
+  } else {
+    p->bits = uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+  }
+#endif
+}
+
+// Loads one vector of accumulators from storage, and stores it back.
+template <class S>
+LK_INLINE Vec<typename Accumulator<S>::type> load_wide(const S* p) {
+  using A = typename Accumulator<S>::type;
+  if constexpr (sizeof(S) == sizeof(A)) {
+    return load(reinterpret_cast<const A*>(p));
+  } else {
+#if defined(__AVX512F__)
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (__is_same(S, Float16)) return (Vec<A>)_mm512_cvtph_ps(raw);
+    return (Vec<A>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#elif defined(__AVX2__)
+    __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (__is_same(S, Float16)) return (Vec<A>)_mm256_cvtph_ps(raw);
+    return (Vec<A>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+#else
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+  }
+}
+template <class S>
+LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
+  using A = typename Accumulator<S>::type;
+  if constexpr (sizeof(S) == sizeof(A)) {
+    store(reinterpret_cast<A*>(p), v);
+  } else {
+    A lanes[kLanes<A>];
+    store(lanes, v);
+    for (int i = 0; i < kLanes<A>; ++i) narrow(lanes[i], p + i);
+  }
+}
+
+}  // namespace
+}  // namespace lean_kernels
