@@ -201,9 +201,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for models, table and plot.")] = Path(
         "out/demo"
     ),
-    densities: Annotated[str, typer.Option(help="Fractions kept.")] = "0.75,0.5,0.35,0.2,0.1",
+    densities: Annotated[str, typer.Option(help="Fractions kept.")] = "0.9,0.75,0.5,0.35,0.2,0.1",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed passes over all texts.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes, if time allows.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     force: Force = False,
     debug: Debug = False,
@@ -231,6 +231,7 @@ def demo(
             rounds=rounds,
             device=device,
             overwrite=force,
+            title="all-MiniLM-L6-v2" if model == "minilm" else model,
             progress=progress,
         )
     _print_comparison(result)
@@ -265,23 +266,22 @@ def _print_comparison(result) -> None:
             f"{row.cosine:.4f}",
             f"{row.spearman:.4f}",
         )
-    console = _console()
-    console.print(
-        f"{Path(result.model).resolve().name}: {result.texts} texts, {result.tokens} tokens in "
+    typer.echo(
+        f"{result.model}: {result.texts} texts, {result.tokens} tokens in "
         f"batches of {result.batch_size}, {result.threads} threads on {result.device}; "
         f"median of {result.rounds} passes, dense and lean in turn"
     )
-    console.print(table)
-    console.print(
+    _console().print(table)
+    typer.echo(
         "cosine: mean over texts of lean against dense embedding; Spearman: of all pairwise "
         "similarities, lean against dense."
     )
-    console.print(
+    typer.echo(
         "Every lean model was saved and reloaded by stock AutoModel.from_pretrained; the weights "
-        "came back bit for bit, embeddings of the first batch differ by at most "
+        "came back bit for bit; largest difference of an embedding: "
         f"{result.largest_reload_difference:g}."
     )
-    console.print(
+    typer.echo(
         "These models were pruned by magnitude and not trained: accuracy at low density needs "
         "training with the blocks dropped, which is what the pruning papers do."
     )
