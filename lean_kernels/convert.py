@@ -19,9 +19,9 @@ from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.ops.block_sparse_linear.break_even import break_even, device_kind
 from lean_kernels.recipe import LinearRule, Recipe
 from lean_kernels.report import Entry, LeanReport, attached
-from lean_kernels.spec import describe, replace, why_not_convertible
+from lean_kernels.spec import describe, is_conv1d, replace, why_not_convertible
 
-__all__ = ["LeanReport", "convert", "to_dense"]
+__all__ = ["LeanReport", "convert", "store_description", "to_dense"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Match:
 
     names: list[str]  # all names of the one module object
     rule: LinearRule
-    left_dense: str = ""  # why a layer that is matched stays as it is
+    left_dense: str | None  # why a layer that is matched stays as it is
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def convert(
     for entry in LeanReport.of(model).entries:
         entries.setdefault(entry.name, entry)
     model.lean_report = partial(attached, LeanReport(list(entries.values())))
-    _store_description(model)
+    store_description(model)
     return model
 
 
@@ -112,7 +112,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         replace(model, aliases[id(layer)], _dense_layer(layer))
     model.__dict__.pop("lean_report", None)
     model.__dict__.pop("hf_quantizer", None)
-    _store_description(model)
+    store_description(model)
     return model
 
 
@@ -149,15 +149,14 @@ def _match(model: nn.Module, recipe: Recipe) -> list[_Match]:
             linears.append(names[0])
         if not matching:
             continue
-        tied = reason is None and _tied_note(names, module, shared)
-        if reason is None and not tied:
+        reason = reason or _tied_note(names, module, shared)
+        if reason is None:
             usable.update(matching)
-            matches.append(_Match(names, recipe.linear[matching[0]]))
-            continue
-        for glob in matching:
-            unusable[glob].append(f"{names[0]} ({tied or reason})")
-        if tied:
-            matches.append(_Match(names, recipe.linear[matching[0]], left_dense=tied))
+        else:
+            for glob in matching:
+                unusable[glob].append(f"{names[0]} ({reason})")
+        if reason is None or isinstance(module, nn.Linear) or is_conv1d(module):
+            matches.append(_Match(names, recipe.linear[matching[0]], reason))
     for glob in recipe.linear:
         if glob in usable:
             continue
@@ -188,16 +187,17 @@ def _shared_parameters(model: nn.Module) -> dict[tuple, list[str]]:
 
 
 def _memory(tensor: torch.Tensor) -> tuple:
-    pointer = 0 if tensor.is_meta else tensor.data_ptr()
+    plain = type(tensor) is nn.Parameter and not tensor.is_meta
+    pointer = tensor.data_ptr() if plain else 0
     return (tensor.device, pointer) if pointer else (id(tensor),)
 
 
-def _tied_note(names: list[str], module: nn.Module, shared: dict[tuple, list[str]]) -> str:
+def _tied_note(names: list[str], module: nn.Module, shared: dict[tuple, list[str]]) -> str | None:
     for parameter in module.parameters():
         for owner in shared[_memory(parameter)]:
             if owner.rpartition(".")[0] not in names:
                 return f"shares a parameter with {owner}, untie it to convert"
-    return ""
+    return None
 
 
 def _near_misses(glob: str, linears: list[str]) -> str:
@@ -210,18 +210,20 @@ def _near_misses(glob: str, linears: list[str]) -> str:
 
 def _check_weights(model: nn.Module, matches: list[_Match]) -> None:
     for match in matches:
+        if match.left_dense is not None:
+            continue
         name = match.names[0]
         weight = model.get_submodule(name).weight
         if weight.is_meta:
             raise ValueError(f"convert: {name} is on the meta device; load its weights first")
-        if not match.left_dense and not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"convert: the weight of {name} has NaN or infinite values")
 
 
 def _replace_linear(model: nn.Module, match: _Match) -> Entry:
     name, rule = match.names[0], match.rule
     linear = model.get_submodule(name)
-    if match.left_dense:
+    if match.left_dense is not None:
         return Entry.of(name, linear, match.left_dense)
     weight, shape = dense_weight(linear), rule.block_shape
     if rule.density is None:
@@ -294,7 +296,7 @@ def _check_quantization(model: nn.Module) -> None:
         )
 
 
-def _store_description(model: nn.Module) -> None:
+def store_description(model: nn.Module) -> None:
     """Keep the description of a Hugging Face model where its save_pretrained will write it."""
     if not _is_hugging_face(model):
         return

@@ -4,9 +4,10 @@
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lean_kernels.nn import BlockSparseLinear
-from lean_kernels.nn.block_sparse_linear import dense_weight
+from lean_kernels.spec import linear_shape
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Entry:
     @classmethod
     def of(cls, name: str, layer: nn.Module, note: str = "") -> "Entry":
         """The entry of a layer as it now is: block-sparse, or a dense one left alone."""
-        tensors = [*layer.parameters(), *layer.buffers()]
+        tensors = [t for t in (*layer.parameters(), *layer.buffers()) if not is_lazy(t)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if isinstance(layer, BlockSparseLinear):
             biases = 0 if layer.bias is None else layer.out_features
@@ -37,7 +38,7 @@ class Entry:
             return cls(
                 name, "BlockSparseLinear", *shape, block_shape, density, dense_size, size, note
             )
-        out_features, in_features = dense_weight(layer).shape
+        out_features, in_features = linear_shape(layer)
         return cls(name, "dense", in_features, out_features, None, 1.0, size, size, note)
 
 

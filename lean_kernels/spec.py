@@ -5,7 +5,7 @@
 take any nn.Module; README, "File format", says what each key means.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from lean_kernels.architectures import activation_after, activation_function
 from lean_kernels.nn import BlockSparseLinear
@@ -25,25 +25,30 @@ _KEYS = {
 }
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: x W + b, W [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
 def why_not_convertible(module: nn.Module) -> str | None:
     """None for an nn.Linear or a transformers Conv1D of a dtype the kernels have, else a reason."""
     name = type(module).__name__
     if isinstance(module, BlockSparseLinear):
         return f"{name}, block-sparse already"
-    if type(module) is not nn.Linear and not (
-        name == "Conv1D" and isinstance(getattr(module, "nf", None), int)
-    ):
+    if type(module) is not nn.Linear and not is_conv1d(module):
         subclass = "a subclass of nn.Linear that may use its weight in its own way"
         return f"{name}, {subclass}" if isinstance(module, nn.Linear) else name
-    if module.weight.dtype not in op.DTYPES:
-        return f"{name} with a {module.weight.dtype} weight"
+    if type(module.weight) not in (nn.Parameter, Tensor) or module.weight.dtype not in op.DTYPES:
+        kind = type(module.weight).__name__
+        return f"{name} with a weight of type {kind}, {module.weight.dtype}"
     return None
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an nn.Linear or a Conv1D."""
-    shape = tuple(linear.weight.shape)
-    return shape if isinstance(linear, nn.Linear) else shape[::-1]
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    return linear.weight.shape[1], linear.weight.shape[0]
 
 
 def replace(model: nn.Module, names: list[str], module: nn.Module) -> None:

@@ -10,15 +10,19 @@ import re
 from functools import partial
 from pathlib import Path
 
-import transformers
-from packaging.version import Version
 from safetensors import safe_open
 from torch import nn
+
+try:
+    import transformers
+    from packaging.version import Version
+except ImportError as error:
+    raise ImportError(f'{error}; install it with pip install "lean_kernels[hf]"') from None
 
 if not Version("5.17") <= Version(transformers.__version__) < Version("6"):
     raise ImportError(
         f"lean_kernels works with transformers>=5.17,<6, found {transformers.__version__}; "
-        'install "lean_kernels[hf]"'
+        'pip install "lean_kernels[hf]"'
     )
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,11 +31,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lean_kernels import __version__
 from lean_kernels._files import atomic_directory
-from lean_kernels.convert import to_dense
+from lean_kernels.convert import store_description, to_dense
 from lean_kernels.integrations.model_card import model_card
 from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.report import LeanReport, attached
-from lean_kernels.spec import FORMAT_VERSION, check, describe, rebuild
+from lean_kernels.spec import FORMAT_VERSION, check, rebuild
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -91,9 +95,8 @@ class LeanQuantizer(HfQuantizer):
             weight = bsr.blocks_empty(
                 layer.nnz, layer.block_shape, dtype=layer.weight.dtype, device=layer.weight.device
             )
-            weight.copy_(
-                layer.weight.detach()
-            )  # files are row-major, kernels want block_out fastest
+            # Files are row-major, kernels read block_out fastest.
+            weight.copy_(layer.weight.detach())
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         del self._built, self._expected, self._same_class
         model.lean_report = partial(attached, LeanReport.of(model))
@@ -121,7 +124,7 @@ class LeanQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """Before save_pretrained writes the config: describe the model as it now is."""
-        model.config.quantization_config = LeanConfig(**describe(model))
+        store_description(model)
         return None, {}
 
     def _dequantize(self, model, dtype=None):
@@ -177,10 +180,8 @@ def save(
         )
     directory = Path(directory)
     report = model.lean_report() if hasattr(model, "lean_report") else LeanReport.of(model)
-    description = describe(model)
     with atomic_directory(directory, "config.json", overwrite) as scratch:
-        if description["modules"]:
-            model.config.quantization_config = description
+        store_description(model)
         model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
@@ -189,21 +190,22 @@ def save(
 
 
 def _check_file(file: str, modules: dict) -> None:
-    """Only safetensors, and no tensor beyond those a block-sparse layer has."""
+    """Only safetensors, no tensor beyond those a block-sparse layer has, and no cast indices."""
     if not str(file).endswith(".safetensors"):
         raise ValueError(f"lean model: {file}: only safetensors are read, never pickled weights")
+    problems = []
     with safe_open(file, framework="pt") as content:
-        keys = list(content.keys())
-    extra = []
-    for key in keys:
-        owner, _, leaf = key.rpartition(".")
-        if (entry := modules.get(owner)) is not None:
-            leaves = {"weight", "crow_indices", "col_indices"} | (
-                {"bias"} if entry["bias"] else set()
-            )
-            extra += [] if leaf in leaves else [key]
-    if extra:
-        raise ValueError(_listed(f"{file} holds tensors its description does not have", extra))
+        for key in content.keys():  # noqa: SIM118 (no dict: it has no other iterator)
+            owner, _, leaf = key.rpartition(".")
+            if (entry := modules.get(owner)) is None:
+                continue
+            if leaf in ("crow_indices", "col_indices"):
+                if (dtype := content.get_slice(key).get_dtype()) != "I32":
+                    problems.append(f"{key} must be int32, got {dtype}")
+            elif leaf != "weight" and (leaf != "bias" or not entry["bias"]):
+                problems.append(f"{key} is no tensor of the layer described")
+    if problems:
+        raise ValueError(_listed(str(file), problems))
 
 
 def _is_optional(model, name: str) -> bool:
