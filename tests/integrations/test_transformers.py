@@ -8,119 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
+
+from hf_models import (  # noqa: E402
+    CASES,
+    CONFIGS,
+    IDS,
+    assert_same,
+    dense,
+    lean,
+    lean_layers,
+    run,
+)
 
 import lean_kernels as lk  # noqa: E402
 from lean_kernels.convert import to_dense  # noqa: E402
 from lean_kernels.integrations.transformers import LeanConfig, save  # noqa: E402
 from lean_kernels.nn import BlockSparseLinear  # noqa: E402
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
-_SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 112,
-    "vocab_size": 90,
-    "max_position_embeddings": 40,
-}
-_CONFIGS = {
-    "bert": lambda: transformers.BertConfig(**_SIZES),
-    "minilm": lambda: transformers.BertConfig(**{**_SIZES, "hidden_size": 48}),
-    "roberta": lambda: transformers.RobertaConfig(**_SIZES),
-    "distilbert": lambda: transformers.DistilBertConfig(
-        vocab_size=90, max_position_embeddings=40, dim=64, n_layers=2, n_heads=2, hidden_dim=112
-    ),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=90,
-        n_positions=40,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    ),
-    "llama": lambda: transformers.LlamaConfig(
-        **_SIZES, num_key_value_heads=1, pad_token_id=1, tie_word_embeddings=True
-    ),
-}
-_HEADS = {
-    "AutoModel": list(_CONFIGS),
-    "AutoModelForSequenceClassification": list(_CONFIGS),
-    "AutoModelForMaskedLM": ["bert", "roberta", "distilbert"],
-    "AutoModelForCausalLM": ["gpt2", "llama"],
-}
-_CASES = [(auto, family) for auto, families in _HEADS.items() for family in families]
-IDS = torch.tensor([[5, 9, 2, 7, 11, 3], [8, 4, 6, 10, 12, 2]])
-MASK = torch.ones_like(IDS)
-
-
-def dense(family="bert", auto="AutoModel"):
-    torch.manual_seed(0)
-    model = getattr(transformers, auto).from_config(_CONFIGS[family]()).eval()
-    for parameter in model.parameters():  # biases start at zero, which would hide a lost one
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-def lean(family="bert", auto="AutoModel", density=0.4):
-    model = dense(family, auto)
-    return lk.convert(model, {"linear": {"*": {"density": density, "block_shape": [16, 16]}}})
-
-
-@torch.no_grad()
-def run(model):
-    return model(input_ids=IDS, attention_mask=MASK)[0]
-
-
-def lean_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
-
-
-def assert_same(first, second):
-    ours, theirs = first.state_dict(), second.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype, name
-        assert torch.equal(tensor, theirs[name]), name
-    kinds = [type(module) for module in first.modules()]
-    assert kinds == [type(module) for module in second.modules()]
-    layers = zip(lean_layers(first).values(), lean_layers(second).values(), strict=True)
-    for one, other in layers:
-        assert one.extra_repr() == other.extra_repr()
-        assert one.weight.stride() == other.weight.stride() and one.weight.stride(1) == 1
-    assert torch.equal(run(first), run(second))
-
-
-@pytest.fixture
-def saved(tmp_path):
-    model = lean()
-    model.save_pretrained(tmp_path / "lean")
-    return tmp_path / "lean"
-
-
-def edit_config(directory, edit):
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    edit(config["quantization_config"])
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(directory, edit):
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(("auto", "family"), _CASES)
+@pytest.mark.parametrize(("auto", "family"), CASES)
 def test_round_trip_is_bit_exact_twice(auto, family, tmp_path):
     model = lean(family, auto)
     assert len(lean_layers(model)) >= 8
@@ -138,7 +48,7 @@ def test_round_trip_is_bit_exact_twice(auto, family, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("auto", "family"), _CASES)
+@pytest.mark.parametrize(("auto", "family"), CASES)
 def test_density_one_computes_what_the_dense_model_does(auto, family):
     expected = run(dense(family, auto))
     model = lean(family, auto, density=1.0)
@@ -149,7 +59,7 @@ def test_density_one_computes_what_the_dense_model_does(auto, family):
     assert not lean_layers(model) and not hasattr(model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("family", list(_CONFIGS))
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_to_dense_restores_a_checkpoint_of_the_dense_format(family, tmp_path):
     original = dense(family)
     model = to_dense(lean(family, density=1.0))
@@ -159,7 +69,7 @@ def test_to_dense_restores_a_checkpoint_of_the_dense_format(family, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-@pytest.mark.parametrize("family", list(_CONFIGS))
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_bfloat16_at_load(family, tmp_path):
     model = lean(family)
     model.save_pretrained(tmp_path)
@@ -179,7 +89,7 @@ def test_sharded(family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", list(_CONFIGS))
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_base_model_gains_a_head(family, dtype, tmp_path):
     """Names and dtypes carry over although every tensor of the file is renamed."""
     base = lean(family)
@@ -205,7 +115,7 @@ def test_model_with_a_head_loads_as_base_model(tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("auto,family", [c for c in _CASES if c[0] == "AutoModelForCausalLM"])
+@pytest.mark.parametrize("auto,family", [c for c in CASES if c[0] == "AutoModelForCausalLM"])
 def test_tied_embeddings_stay_tied(auto, family, tmp_path):
     lean(family, auto).save_pretrained(tmp_path)
     model = getattr(transformers, auto).from_pretrained(tmp_path)
@@ -274,97 +184,6 @@ def test_load_picks_the_saved_class(tmp_path):
     assert type(loaded) is transformers.GPT2LMHeadModel
     assert_same(model, loaded)
     assert type(lk.load(str(tmp_path), dtype=torch.bfloat16)).__name__ == "GPT2LMHeadModel"
-
-
-LAYER = "encoder.layer.0.intermediate.dense"
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda c: c.update(format_version=2), "format version 2; lean_kernels .* reads up to 1"),
-        (lambda c: c.update(format_version="1"), "format_version must be 1 or up, got '1'"),
-        (lambda c: c.pop("format_version"), "format_version must be 1 or up, got None"),
-        (lambda c: c.update(scheme=3), "unknown keys in quantization_config: scheme"),
-        (lambda c: c.update(modules={}), "modules must be a non-empty table"),
-        (lambda c: c.update(modules=[LAYER]), "modules must be a non-empty table"),
-        (lambda c: c["modules"].update({LAYER: 3}), "must have exactly the keys"),
-        (lambda c: c["modules"][LAYER].pop("nnz"), "must have exactly the keys"),
-        (lambda c: c["modules"][LAYER].update(rank=3), "must have exactly the keys"),
-        (lambda c: c["modules"][LAYER].update(kind="low_rank"), "unknown kind 'low_rank'"),
-        (lambda c: c["modules"][LAYER].update(nnz=10**9), r"nnz must lie in \[0, 28\]"),
-        (lambda c: c["modules"][LAYER].update(nnz=-1), r"nnz must lie in \[0, 28\]"),
-        (lambda c: c["modules"][LAYER].update(nnz=True), "nnz has the wrong type"),
-        (lambda c: c["modules"][LAYER].update(nnz=3), "weight has shape .*, expected"),
-        (lambda c: c["modules"][LAYER].update(block_shape=[16, 0]), "sizes must be positive"),
-        (lambda c: c["modules"][LAYER].update(block_shape=[8, 16]), "has shape"),
-        (lambda c: c["modules"][LAYER].update(block_shape=["a", "b"]), "sizes must be positive"),
-        (lambda c: c["modules"][LAYER].update(in_features=80), "is saved as .* the dense model"),
-        (lambda c: c["modules"][LAYER].update(bias=False), "bias is no tensor of"),
-        (lambda c: c["modules"][LAYER].update(activation="tanh"), "unknown activation 'tanh'"),
-        (lambda c: c["modules"][LAYER].update(activation="relu"), "said to run .* as 'relu'"),
-        (lambda c: c["modules"][LAYER].update(fused_module="dense"), "said to run 'dense'"),
-        (lambda c: c["modules"][LAYER].update(fused_module="nothing"), "said to run 'nothing'"),
-        (lambda c: c["modules"].update({"x.y": c["modules"][LAYER]}), "has no module 'x.y'"),
-        (lambda c: c["modules"].pop(LAYER), "has shape|is missing"),
-    ],
-)
-def test_a_wrong_description_is_an_error(saved, edit, message):
-    edit_config(saved, edit)
-    with pytest.raises(ValueError, match=message):
-        transformers.AutoModel.from_pretrained(saved)
-
-
-def _set(name, value):
-    return lambda tensors: tensors.update({f"{LAYER}.{name}": value(tensors[f"{LAYER}.{name}"])})
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t.pop(f"{LAYER}.weight"), f"{LAYER}.weight is missing"),
-        (lambda t: t.pop(f"{LAYER}.crow_indices"), f"{LAYER}.crow_indices is missing"),
-        (lambda t: t.pop(f"{LAYER}.bias"), f"{LAYER}.bias is missing"),
-        (lambda t: t.pop("embeddings.LayerNorm.weight"), "embeddings.LayerNorm.weight is missing"),
-        (lambda t: t.update({f"{LAYER}.scale": torch.ones(2)}), f"{LAYER}.scale is no tensor of"),
-        (_set("weight", lambda w: w[:-1].clone()), r"weight has shape"),
-        (_set("weight", lambda w: w.to(torch.int32)), "weight must be a floating point"),
-        (_set("bias", lambda b: b[:-1].clone()), r"bias has shape \[111\], expected \[112\]"),
-        (_set("crow_indices", lambda i: i[:-1].clone()), "crow_indices has shape"),
-        (_set("crow_indices", lambda i: i.flip(0)), "crow_indices must rise"),
-        (_set("crow_indices", lambda i: i.to(torch.int64)), "crow_indices must be int32"),
-        (_set("col_indices", lambda i: i + 1000), r"col_indices must lie in \[0, 4\)"),
-        (_set("col_indices", lambda i: i - 1), r"col_indices must lie in \[0, 4\)"),
-        (_set("col_indices", lambda i: i * 0), "col_indices must ascend"),
-        (_set("col_indices", lambda i: i.float()), "col_indices must be int32"),
-    ],
-)
-def test_wrong_weights_are_an_error(saved, edit, message):
-    edit_tensors(saved, edit)
-    with pytest.raises(ValueError, match=message):
-        transformers.AutoModel.from_pretrained(saved)
-
-
-def test_a_missing_lean_tensor_is_an_error_in_another_class_too(saved):
-    edit_tensors(saved, lambda tensors: tensors.pop(f"{LAYER}.weight"))
-    with pytest.raises(ValueError, match=f"bert.{LAYER}.weight is missing"):
-        transformers.AutoModelForSequenceClassification.from_pretrained(saved)
-
-
-def test_shapes_of_ordinary_tensors_are_checked(saved):
-    name = "embeddings.word_embeddings.weight"
-    edit_tensors(saved, lambda tensors: tensors.update({name: tensors[name][:50].clone()}))
-    with pytest.raises(ValueError, match=rf"{name} has shape \[50, 64\], expected \[90, 64\]"):
-        transformers.AutoModel.from_pretrained(saved)
-
-
-def test_pickled_weights_are_refused(saved):
-    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="only safetensors are read"):
-        transformers.AutoModel.from_pretrained(saved)
-    with pytest.raises(OSError, match="safetensors"):
-        lk.load(saved)
 
 
 def test_a_dense_model_is_not_made_lean_while_loading(tmp_path, saved):
