@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner loops of block_sparse_linear, for one instruction set.
 //
-// Every output is one chain of fused multiply-adds over its group's entries in order, and over
-// the inputs of a block in order, started from the bias. Tiles of any height and both loop nests
-// below keep that chain, so a row's result depends neither on the rest of the batch nor on threads.
+// Every output is a sum over its group's entries in order, and over the inputs of a block in order,
+// started from the bias, whatever the height of the tile it is computed in: a row's result depends
+// neither on the rest of the batch nor on threads.
 #pragma once
 
 #include "../block_sparse_linear.h"
@@ -27,10 +27,9 @@ constexpr int kWideRows = 6, kNarrowRows = 12;
 
 // Rows cut into panels of nearly equal height <= most, so that no panel is a thin remainder.
 struct Panels {
-  int64_t rows, count;
-  Panels(int64_t rows, int64_t most) : rows(rows), count(ceil_div(rows, most)) {}
-  int64_t begin(int64_t i) const { return rows * i / count; }
-  int64_t height(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t count, height, taller;  // the first `taller` panels have one row more than `height`
+  Panels(int64_t rows, int64_t most)
+      : count(ceil_div(rows, most)), height(rows / count), taller(rows % count) {}
 };
 
 // ---- epilogue ---------------------------------------------------------------------------------
@@ -81,8 +80,13 @@ struct Entries {
   int64_t count;
   const A* w;  // [entry][block_in][...], outputs contiguous
   int64_t w_block, w_in;
-  int64_t block_in;
+  int64_t block_in, inputs;
+  bool first_use;  // of these weights: they may be far away
 };
+
+// Inputs one chain of float32 sums runs over before it is added to the total: rounding errors of
+// a chain grow with its length.
+constexpr int64_t kChainInputs = 1024;
 
 // out [R, V vectors] = init + sum over entries of x [R, block_in] w [block_in, V vectors].
 // x: panel [input block][R][block_in].
@@ -90,36 +94,51 @@ template <class A, int R, int V, int kBlockIn>
 void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out, int64_t ldo) {
   constexpr int W = kLanes<A>;
   const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
-  Vec<A> acc[R][V];
+  const int64_t w_in = e.w_in;
+  const int64_t chain = kChainInputs > block_in ? kChainInputs / block_in : 1;
+  // Ask early for what no hardware prefetcher foresees: the output's lines, weights on the next
+  // pages (on their first use), inputs of the next block or, at the end, of the next panel.
 #pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = init[v];
-  for (int64_t i = 0; i < e.count; ++i) {
-    const A* xb = x + e.index[i] * (R * block_in);
-    const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
-    if (i + 1 < e.count) {  // inputs jump from block to block: no hardware prefetcher follows
-      const char* next = reinterpret_cast<const char*>(x + e.index[i + 1] * (R * block_in));
-      for (int64_t b = 0; b < R * block_in * int64_t(sizeof(A)); b += 64)
-        __builtin_prefetch(next + b);
-    }
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < block_in; ++k, wb += e.w_in) {
-      Vec<A> w[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) w[v] = load(wb + v * W);
+  for (int r = 0; r < R; ++r) __builtin_prefetch(out + r * ldo, 1);
+  int64_t i = 0;
+  do {
+    Vec<A> acc[R][V];
 #pragma GCC unroll 24
-      for (int r = 0; r < R; ++r) {
-        A xs = xb[r * block_in + k];
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] += w[v] * xs;
+      for (int v = 0; v < V; ++v) acc[r][v] = i ? splat(A(0)) : init[v];
+    const bool first = i == 0;
+    for (const int64_t stop = min_of(i + chain, e.count); i < stop; ++i) {
+      const A* xb = x + e.index[i] * (R * block_in);
+      const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+      const A* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
+                                      : x + R * e.inputs + e.index[0] * (R * block_in);
+      for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(A)) __builtin_prefetch(next + k);
+      if (e.first_use)
+        for (int64_t k = 0; k < block_in; ++k)
+          __builtin_prefetch(wb + 2 * e.w_block + k * e.w_in);
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < block_in; ++k) {
+        const A* wk = wb + k * w_in;
+        Vec<A> w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = load(wk + v * W);
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+          A xs = xb[r * block_in + k];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) acc[r][v] += w[v] * xs;
+        }
       }
     }
-  }
 #pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v]);
+      for (int v = 0; v < V; ++v) {
+        A* to = out + r * ldo + v * W;
+        store(to, first ? acc[r][v] : acc[r][v] + load(to));
+      }
+  } while (i < e.count);
 }
 
 template <class A>
@@ -197,19 +216,24 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   A* xs = static_cast<A*>(scratch);
   A* packed = xs + rows * inputs;
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
-  for (int64_t i = 0; i < panels.count; ++i) {
-    int64_t at = panels.begin(i);
-    pack_panel(x + at * p.ldx, p.ldx, panels.height(i), p.in_features, w.block_in,
-               xs + at * inputs);
+  for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+    const int64_t height = panels.height + (i < panels.taller);
+    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, xs + at * inputs);
+    at += height;
   }
-  const bool thin = panels.begin(1) <= kThin && panels.count == 1 && w.block_out % (4 * W) == 0;
+  const bool thin = rows <= kThin && w.block_out % (4 * W) == 0;
   const int64_t strip = thin ? 4 * W : kStrip;
+  const auto tile_of = [&](int64_t height) {
+    return thin ? tile_for<A, 4, kThin>(height, w.block_in)
+                : tile_for<A, V, kMaxRows>(height, w.block_in);
+  };
+  const TileLanesOut<A> run_taller = tile_of(panels.height + 1), run_rest = tile_of(panels.height);
   A tile[kMaxRows * kStrip > kThin * 4 * W ? kMaxRows * kStrip : kThin * 4 * W];
 
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g], end = w.ptr[g + 1];
     Entries<A> e{w.index + begin, nullptr, end - begin, packed, w.block_in * w.block_out,
-                 w.block_out, w.block_in};
+                 w.block_out, w.block_in, inputs, false};
     if (packs) {
       pack_blocks<S>(w, begin, end, packed);
     } else {
@@ -227,20 +251,18 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
       Vec<A> init[4];
       for (int v = 0; v < strip / W; ++v) init[v] = load(bias + v * W);
       const bool direct = sizeof(S) == sizeof(A) && cols == strip && !p.activation && !p.residual;
-      TileLanesOut<A> run = nullptr;
-      int64_t height = 0;
-      for (int64_t i = 0; i < panels.count; ++i) {
-        const int64_t at = panels.begin(i), row = t.row_begin + at;
-        if (panels.height(i) != height) {
-          height = panels.height(i);
-          run = thin ? tile_for<A, 4, kThin>(height, w.block_in)
-                     : tile_for<A, V, kMaxRows>(height, w.block_in);
-        }
+      for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+        const bool taller = i < panels.taller;
+        const int64_t height = panels.height + taller, row = t.row_begin + at;
+        const TileLanesOut<A> run = taller ? run_taller : run_rest;
+        const A* panel = xs + at * inputs;
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
+        e.first_use = i == 0 && !packs;
+        at += height;
         if (direct) {
-          run(e, xs + at * inputs, init, reinterpret_cast<A*>(y), p.ldy);
+          run(e, panel, init, reinterpret_cast<A*>(y), p.ldy);
         } else {
-          run(e, xs + at * inputs, init, tile, strip);
+          run(e, panel, init, tile, strip);
           const S* residual = static_cast<const S*>(p.residual);
           finish(p.activation, tile, strip, int(height), cols,
                  residual ? residual + row * p.ldr + out : nullptr, p.ldr, y, p.ldy);
@@ -270,40 +292,46 @@ void pack_panel_transposed(const S* x, int64_t ldx, int64_t rows, int64_t cols, 
 template <class A, int N, int V, int kChains>
 void tile_lanes_rows(const Entries<A>& e, int64_t w_out, const A* x, const A* bias, A* out) {
   constexpr int W = kLanes<A>, L = V * W;
-  Vec<A> acc[N][kChains][V];
+  const int64_t chain = kChainInputs > e.block_in ? kChainInputs / e.block_in : 1;
+  int64_t i = 0;
+  do {
+    const bool first = i == 0;
+    Vec<A> acc[N][kChains][V];
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-    for (int c = 0; c < kChains; ++c)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[n][c][v] = splat(c ? A(0) : bias[n]);
-  for (int64_t i = 0; i < e.count; ++i) {
-    const A* xb = x + e.index[i] * (e.block_in * L);
-    const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
-    int64_t k = 0;
-    for (; k + kChains <= e.block_in; k += kChains)
+    for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
       for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          Vec<A> xv = load(xb + (k + c) * L + v * W);
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) acc[n][c][v] += xv * wb[n * w_out + (k + c) * e.w_in];
-        }
-    for (; k < e.block_in; ++k)
-      for (int v = 0; v < V; ++v)
-        for (int n = 0; n < N; ++n)
-          acc[n][0][v] += load(xb + k * L + v * W) * wb[n * w_out + k * e.w_in];
-  }
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      Vec<A> sum = acc[n][0][v];
+        for (int v = 0; v < V; ++v) acc[n][c][v] = splat(first && c == 0 ? bias[n] : A(0));
+    for (const int64_t stop = min_of(i + chain, e.count); i < stop; ++i) {
+      const A* xb = x + e.index[i] * (e.block_in * L);
+      const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+      int64_t k = 0;
+      for (; k + kChains <= e.block_in; k += kChains)
 #pragma GCC unroll 8
-      for (int c = 1; c < kChains; ++c) sum += acc[n][c][v];
-      store(out + n * L + v * W, sum);
+        for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) {
+            Vec<A> xv = load(xb + (k + c) * L + v * W);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[n][c][v] += xv * wb[n * w_out + (k + c) * e.w_in];
+          }
+      for (; k < e.block_in; ++k)
+        for (int v = 0; v < V; ++v)
+          for (int n = 0; n < N; ++n)
+            acc[n][0][v] += load(xb + k * L + v * W) * wb[n * w_out + k * e.w_in];
     }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        Vec<A> sum = acc[n][0][v];
+#pragma GCC unroll 8
+        for (int c = 1; c < kChains; ++c) sum += acc[n][c][v];
+        A* to = out + n * L + v * W;
+        store(to, first ? sum : sum + load(to));
+      }
+  } while (i < e.count);
 }
 
 constexpr int64_t kStripBytes = 128 << 10;  // weights one pass over the panels keeps in L2
@@ -337,7 +365,8 @@ void product_lanes_rows(const Product& p, const Range& t, void* scratch) {
       int64_t filled = 0, out = strip_begin * w.block_out;
       for (int64_t g = strip_begin; g < strip_end; ++g) {
         const int64_t begin = w.ptr[g];
-        Entries<A> e{w.index + begin, nullptr, w.ptr[g + 1] - begin, nullptr, 0, 0, w.block_in};
+        Entries<A> e{w.index + begin, nullptr, w.ptr[g + 1] - begin, nullptr, 0, 0, w.block_in, inputs,
+                     false};
         int64_t w_out;
         if (packs) {
           e.w = packed + (begin - base) * block;
@@ -465,8 +494,8 @@ void outer_block(const A* vectors, int64_t lanes, const A* scalars, int64_t othe
   constexpr int L = V * kLanes<A>;
   const Panels panels(others, kMaxRows);
   for (int64_t l = 0; l < lanes; l += L)
-    for (int64_t i = 0; i < panels.count; ++i) {
-      const int64_t at = panels.begin(i), height = panels.height(i);
+    for (int64_t i = 0, at = 0, height; i < panels.count; ++i, at += height) {
+      height = panels.height + (i < panels.taller);
       A* to = out + at * out_other + l * out_lane;
       if (out_lane == 1) {
         tile_outer_of_height<A, V, kMaxRows>(height, vectors + l, lanes, scalars + at, others, rows,
