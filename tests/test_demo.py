@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+from tiny_bert import save_tiny_bert
+
+from lean_kernels import demo
+from lean_kernels.cli import app
+
+TEXTS = ["the dog sleeps .", "the cat sleeps on a house", "rain falls", "a dog runs", "the cat"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny"))
+
+
+def run(model, out, **options):
+    options = {"densities": (1.0, 0.25), "rounds": 2, "batch_size": 2} | options
+    return demo.run(model, TEXTS, out, **options)
+
+
+def test_rows_tell_the_trade_off(model, tmp_path):
+    import lean_kernels as lk
+
+    steps = []
+    result = run(
+        model, tmp_path / "out", block_shape=(16, 16), progress=lambda *step: steps.append(step)
+    )
+    dense, full, quarter = result.rows
+    assert [done for done, _, _ in steps] == list(range(2 + 2 + 4))
+    assert {total for _, total, _ in steps} == {2 + 2 + 3}
+    assert result.texts == 5
+    assert (dense.speedup, dense.sparse_layers, dense.path) == (1, 0, None)
+    assert dense.cosine == pytest.approx(1) and dense.spearman == pytest.approx(1)
+    assert full.cosine == pytest.approx(1, abs=1e-5) and full.spearman == pytest.approx(1)
+    assert quarter.sparse_layers == result.layers == 2 * 6
+    assert quarter.cosine < 0.9999
+    linears = 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert dense.parameters - quarter.parameters == linears * 3 // 4
+    assert dense.bytes_on_disk - quarter.bytes_on_disk == pytest.approx(3 * linears, rel=0.1)
+    assert quarter.speedup == pytest.approx(dense.milliseconds / quarter.milliseconds)
+    assert result.largest_reload_difference == 0
+
+    saved = json.loads((tmp_path / "out" / demo.RESULTS).read_text())
+    assert saved["rows"][2]["parameters"] == quarter.parameters
+    assert isinstance(lk.load(quarter.path).encoder.layer[1].output.dense, lk.nn.BlockSparseLinear)
+
+
+def test_nothing_is_left_behind_by_a_failure(model, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(demo, "fidelity", broken)
+    with pytest.raises(RuntimeError, match="disk full"):
+        run(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_bits_are_noticed(model, tmp_path, monkeypatch):
+    from transformers import AutoModel
+
+    original = AutoModel.from_pretrained
+
+    def flipped(path, **options):
+        model = original(path, **options)
+        if "density" in str(path):
+            model.get_parameter("embeddings.word_embeddings.weight").data[3, 3] += 1e-6
+        return model
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", flipped)
+    with pytest.raises(RuntimeError, match="word_embeddings"):
+        run(model, tmp_path / "out")
+
+
+def test_command(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = ["demo", "--model", model, "--texts", texts, "--out", out, "--rounds", 1]
+    arguments = [*map(str, arguments), "--densities", "0.5,0.25"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    printed = result.stdout.replace("\n", " ")
+    assert "5 texts" in printed and "needs training" in printed
+    for name in (demo.PLOT, demo.RESULTS, "density-0.5", "density-0.25"):
+        assert str(out / name) in result.stdout
+        assert (out / name).exists()
+    assert (out / demo.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert "--force" in CliRunner().invoke(app, arguments).stderr
+
+
+def test_command_without_matplotlib(model, tmp_path, monkeypatch):
+    from importlib.util import find_spec
+
+    def hide(name):
+        return None if name == "matplotlib" else find_spec(name)
+
+    for module in ("lean_kernels.cli", "lean_kernels.demo"):
+        monkeypatch.setattr(f"{module}.find_spec", hide)
+    out = tmp_path / "out"
+    arguments = ["demo", "--model", str(model), "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--rounds", "1", "--densities", "0.25"])
+    assert result.exit_code == 0, result.stderr
+    assert "pip install matplotlib" in result.stdout
+    assert not (out / demo.PLOT).exists()
+
+
+def test_embeddings_do_not_depend_on_batching(model):
+    from transformers import AutoModel
+
+    bert = AutoModel.from_pretrained(model).eval()
+    tokenizer = demo.load_tokenizer(model)
+    together, alone = (
+        demo.embed(bert, demo.make_batches(tokenizer, TEXTS, size, 16, "cpu")) for size in (5, 1)
+    )
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=1), torch.ones(5))
+
+
+def test_spearman():
+    x = np.arange(50.0)
+    assert demo.spearman(x, np.exp(x / 10)) == pytest.approx(1)
+    assert demo.spearman(x, -x) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) with ranks 1 3 2 4
+    assert demo.spearman(np.array([1, 2, 3, 4]), np.array([10, 30, 20, 40])) == pytest.approx(0.8)
+    # ties take the mean rank: ranks 1.5 1.5 3 against 1 2 3
+    expected = np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1]
+    assert demo.spearman(np.array([5, 5, 6]), np.array([1, 2, 3])) == pytest.approx(expected)
+
+
+def test_recipe_takes_only_repeated_layers(model):
+    from transformers import AutoModel
+
+    recipe = demo.encoder_recipe(AutoModel.from_pretrained(model), 0.5)
+    assert sorted(recipe.linear) == [
+        "encoder.layer.*.attention.output.dense",
+        "encoder.layer.*.attention.self.key",
+        "encoder.layer.*.attention.self.query",
+        "encoder.layer.*.attention.self.value",
+        "encoder.layer.*.intermediate.dense",
+        "encoder.layer.*.output.dense",
+    ]
+    with pytest.raises(ValueError, match="no linear layers"):
+        demo.encoder_recipe(torch.nn.Linear(4, 4), 0.5)
+
+
+def test_texts(tmp_path):
+    shipped = demo.read_texts()
+    assert len(shipped) >= 200 and len(set(shipped)) == len(shipped)
+    (tmp_path / "few.txt").write_text("one\n\n two \n")
+    with pytest.raises(ValueError, match="need at least 3 lines"):
+        demo.read_texts(tmp_path / "few.txt")
