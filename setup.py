@@ -86,14 +86,23 @@ class BuildKernels(build_ext):
 
 
 setup(
-    packages=[],
     ext_modules=[
         Extension(
             "lean_kernels._C",
             sources=[*COMMON, *(X86 if IS_X86 else ())],
             depends=[str(path) for path in Path("csrc").rglob("*.h")],
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030a0000")],
-            extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", TORCH_TARGET),
+                ("Py_LIMITED_API", "0x030a0000"),
+            ],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-psabi",
+            ],
             py_limited_api=True,
         )
     ],

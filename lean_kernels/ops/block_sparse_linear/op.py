@@ -183,8 +183,7 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             fail(
-                f"{label} must be {x.dtype} {list(shape)}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
+                f"{label} must be {x.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
             )
     for label, tensor in (
         ("weight", weight),
