@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations on vectors. float32 uses minimax polynomials fitted for this file (absolute errors
-// given beside each); float64, the checking precision, calls libm lane by lane.
+// Activations on a few vectors at once: each polynomial is one long dependent chain, and several
+// side by side fill the multiply-add units. float32 uses minimax polynomials fitted for this file
+// (errors given beside each); float64, the checking precision, calls libm lane by lane.
 #pragma once
 
 #include "vec.h"
@@ -10,80 +11,116 @@ namespace {
 
 enum Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu };
 
-template <class F>
-LK_INLINE Vec<double> each(Vec<double> x, F f) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = f(x[i]);
-  return x;
+constexpr int kMany = 4;
+
+template <class A>
+struct Many {
+  Vec<A> v[kMany];
+};
+
+template <class A, class F>
+LK_INLINE Many<A> map(F f) {
+  Many<A> out;
+#pragma GCC unroll 4
+  for (int i = 0; i < kMany; ++i) out.v[i] = f(i);
+  return out;
+}
+
+using Floats = Many<float>;
+LK_INLINE Floats operator*(Floats a, Floats b) {
+  return map<float>([&](int i) { return a.v[i] * b.v[i]; });
+}
+LK_INLINE Floats operator+(Floats a, Floats b) {
+  return map<float>([&](int i) { return a.v[i] + b.v[i]; });
+}
+LK_INLINE Floats operator/(Floats a, Floats b) {
+  return map<float>([&](int i) { return a.v[i] / b.v[i]; });
+}
+LK_INLINE Floats operator*(Floats a, float b) {
+  return map<float>([&](int i) { return a.v[i] * b; });
+}
+LK_INLINE Floats operator+(Floats a, float b) {
+  return map<float>([&](int i) { return a.v[i] + b; });
+}
+// a where x > limit, else b; and the same below. A NaN in x takes b.
+LK_INLINE Floats where_above(Floats x, float limit, float a, Floats b) {
+  return map<float>([&](int i) { return x.v[i] > limit ? splat(a) : b.v[i]; });
+}
+LK_INLINE Floats where_below(Floats x, float limit, float a, Floats b) {
+  return map<float>([&](int i) { return x.v[i] < limit ? splat(a) : b.v[i]; });
 }
 
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 
 // Relative error 1e-7 on the clamped range; NaN passes through.
-LK_INLINE Vec<float> exp_v(Vec<float> x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
+LK_INLINE Floats exp(Floats x) {
+  x = where_below(x, -87.0f, -87.0f, x);
+  x = where_above(x, 88.0f, 88.0f, x);
   const float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
-  Vec<float> shifted = x * 1.442695041f + round;
-  Vec<float> n = shifted - round;
-  Vec<float> r = x - n * 0.693145752f - n * 1.428606765e-6f;
-  Vec<float> p = splat(1.381461637e-03f);
-  p = p * r + 8.368709980e-03f;
+  const Floats shifted = x * 1.442695041f + round, n = shifted + -round;
+  const Floats r = x + n * -0.693145752f + n * -1.428606765e-6f;
+  Floats p = r * 1.381461637e-03f + 8.368709980e-03f;
   p = p * r + 4.166838733e-02f;
   p = p * r + 1.666652069e-01f;
   p = p * r + 4.999999345e-01f;
   p = p * (r * r) + r + 1.0f;
-  IntVec scale = ((IntVec)shifted + 127) << 23;
-  return p * (Vec<float>)scale;
+  return map<float>([&](int i) {
+    const IntVec exponent = ((IntVec)shifted.v[i] + 127) << 23;
+    return p.v[i] * (Vec<float>)exponent;
+  });
 }
 
-// erf(x / sqrt 2): absolute error 2.9e-7, odd polynomial of degree 27 up to |x| = 5.2, then 1.
-LK_INLINE Vec<float> erf_of_scaled(Vec<float> x) {
-  Vec<float> s = x * x * 0.07396449704f - 1.0f;
-  Vec<float> p = splat(-9.625531622e-04f);
-  p = p * s + 2.537022177e-03f;
-  p = p * s - 2.442990683e-03f;
-  p = p * s + 3.600244994e-03f;
-  p = p * s - 9.578074153e-03f;
-  p = p * s + 1.711993591e-02f;
-  p = p * s - 2.501024409e-02f;
-  p = p * s + 3.590957358e-02f;
-  p = p * s - 4.944725861e-02f;
-  p = p * s + 6.397991862e-02f;
-  p = p * s - 7.985963919e-02f;
-  p = p * s + 1.000490427e-01f;
-  p = p * s - 1.354873349e-01f;
-  p = p * s + 2.718999861e-01f;
-  p = p * x;
-  p = x > 5.2f ? splat(1.0f) : p;
-  return x < -5.2f ? splat(-1.0f) : p;
+// erf(x / sqrt 2): absolute error 2.9e-7, odd polynomial of degree 27 up to |x| = 5.2, then 1. Even
+// and odd powers of s run side by side.
+LK_INLINE Floats erf_of_scaled(Floats x) {
+  const Floats s = x * x * 0.07396449704f + -1.0f, t = s * s;
+  Floats odd = t * -9.625531622e-04f + -2.442990683e-03f;
+  Floats even = t * 2.537022177e-03f + 3.600244994e-03f;
+  odd = odd * t + -9.578074153e-03f;
+  even = even * t + 1.711993591e-02f;
+  odd = odd * t + -2.501024409e-02f;
+  even = even * t + 3.590957358e-02f;
+  odd = odd * t + -4.944725861e-02f;
+  even = even * t + 6.397991862e-02f;
+  odd = odd * t + -7.985963919e-02f;
+  even = even * t + 1.000490427e-01f;
+  odd = odd * t + -1.354873349e-01f;
+  even = even * t + 2.718999861e-01f;
+  const Floats p = (odd * s + even) * x;
+  return where_above(x, 5.2f, 1.0f, where_below(x, -5.2f, -1.0f, p));
 }
 
 template <int kActivation>
-LK_INLINE Vec<float> activate(Vec<float> x) {
-  if constexpr (kActivation == kRelu) return x < 0.0f ? splat(0.0f) : x;
+LK_INLINE Floats activate(Floats x) {
+  if constexpr (kActivation == kRelu) return where_below(x, 0.0f, 0.0f, x);
   if constexpr (kActivation == kGelu) {
-    Vec<float> half = x * 0.5f;
+    const Floats half = x * 0.5f;
     return half * erf_of_scaled(x) + half;
   }
   if constexpr (kActivation == kGeluTanh) {
     // 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
-    Vec<float> minus_2u = x * (x * x * -0.0713548163f - 1.5957691216f);
-    return x / (exp_v(minus_2u) + 1.0f);
+    return x / (exp(x * (x * x * -0.0713548163f + -1.5957691216f)) + 1.0f);
   }
-  if constexpr (kActivation == kSilu) return x / (exp_v(-x) + 1.0f);
+  if constexpr (kActivation == kSilu) return x / (exp(x * -1.0f) + 1.0f);
   return x;
 }
 
 template <int kActivation>
-LK_INLINE Vec<double> activate(Vec<double> x) {
-  if constexpr (kActivation == kRelu) return x < 0.0 ? splat(0.0) : x;
-  if constexpr (kActivation == kGelu)
-    return each(x, [](double v) { return 0.5 * v * (1 + erf(v * 0.70710678118654752440)); });
+LK_INLINE double activate_one(double x) {
+  if constexpr (kActivation == kRelu) return x < 0 ? 0 : x;
+  if constexpr (kActivation == kGelu) return 0.5 * x * (1 + ::erf(x * 0.70710678118654752440));
   if constexpr (kActivation == kGeluTanh)
-    return each(x, [](double v) {
-      return 0.5 * v * (1 + tanh(0.79788456080286535588 * (v + 0.044715 * v * v * v)));
-    });
-  if constexpr (kActivation == kSilu) return each(x, [](double v) { return v / (1 + exp(-v)); });
+    return 0.5 * x * (1 + ::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
+  if constexpr (kActivation == kSilu) return x / (1 + ::exp(-x));
+  return x;
+}
+
+template <int kActivation>
+LK_INLINE Many<double> activate(Many<double> x) {
+  if constexpr (kActivation != kIdentity)
+    for (int i = 0; i < kMany; ++i)
+      for (int lane = 0; lane < kLanes<double>; ++lane)
+        x.v[i][lane] = activate_one<kActivation>(x.v[i][lane]);
   return x;
 }
 

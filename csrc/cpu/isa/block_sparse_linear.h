@@ -34,27 +34,42 @@ struct Panels {
 
 // ---- epilogue ---------------------------------------------------------------------------------
 
+// Columns [0, kAcross vectors) of a tile; `cols` of them exist in the output.
+template <int kActivation, int kAcross, class S, class A>
+LK_INLINE void finish_columns(const A* tile, int64_t ldt, int rows, int64_t cols,
+                              const S* residual, int64_t ldr, S* y, int64_t ldy) {
+  constexpr int W = kLanes<A>, kDown = kMany / kAcross;
+  for (int row = 0; row < rows; row += kDown) {
+    // Rows past the last repeat it.
+    const auto row_of = [&](int i) { return min_of(row + i / kAcross, rows - 1); };
+    const Many<A> v = activate<kActivation>(
+        map<A>([&](int i) { return load(tile + row_of(i) * ldt + i % kAcross * W); }));
+#pragma GCC unroll 4
+    for (int i = 0; i < kMany; ++i) {
+      const int64_t left = cols - i % kAcross * W;
+      const S* add = residual ? residual + row_of(i) * ldr + i % kAcross * W : nullptr;
+      S* to = y + row_of(i) * ldy + i % kAcross * W;
+      if (left >= W) {
+        store_narrow(to, add ? v.v[i] + load_wide(add) : v.v[i]);
+      } else {
+        A lanes[W];
+        store(lanes, v.v[i]);
+        for (int64_t c = 0; c < left; ++c)
+          narrow(add ? lanes[c] + widen(add[c]) : lanes[c], to + c);
+      }
+    }
+  }
+}
+
 template <int kActivation, class S, class A>
 void finish_as(const A* tile, int64_t ldt, int rows, int64_t cols, const S* residual, int64_t ldr,
                S* y, int64_t ldy) {
   constexpr int W = kLanes<A>;
-  for (int r = 0; r < rows; ++r, tile += ldt, y += ldy) {
-    int64_t c = 0;
-    for (; c + W <= cols; c += W) {
-      Vec<A> v = activate<kActivation>(load(tile + c));
-      if (residual) v += load_wide(residual + r * ldr + c);
-      store_narrow(y + c, v);
-    }
-    if (c < cols) {
-      A lanes[W];
-      store(lanes, activate<kActivation>(load(tile + c)));
-      for (int64_t i = 0; c + i < cols; ++i) {
-        A v = lanes[i];
-        if (residual) v += widen(residual[r * ldr + c + i]);
-        narrow(v, y + c + i);
-      }
-    }
-  }
+  if (ldt == 2 * W)
+    return finish_columns<kActivation, 2>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+  for (int64_t c = 0; c < cols; c += W)
+    finish_columns<kActivation, 1>(tile + c, ldt, rows, min_of<int64_t>(W, cols - c),
+                                   residual ? residual + c : nullptr, ldr, y + c, ldy);
 }
 
 // Applies activation and residual to a tile of sums (padded to whole vectors) and writes it out.
@@ -96,10 +111,8 @@ void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out,
   const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
   const int64_t w_in = e.w_in;
   const int64_t chain = kChainInputs > block_in ? kChainInputs / block_in : 1;
-  // Ask early for what no hardware prefetcher foresees: the output's lines, weights on the next
-  // pages (on their first use), inputs of the next block or, at the end, of the next panel.
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r) __builtin_prefetch(out + r * ldo, 1);
+  // Ask early for what no hardware prefetcher foresees: weights on the next pages (on their first
+  // use), inputs of the next block or, at the end, of the next panel.
   int64_t i = 0;
   do {
     Vec<A> acc[R][V];
@@ -259,14 +272,17 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
         e.first_use = i == 0 && !packs;
         at += height;
+        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(y + r * p.ldy, 1);
         if (direct) {
           run(e, panel, init, reinterpret_cast<A*>(y), p.ldy);
-        } else {
-          run(e, panel, init, tile, strip);
-          const S* residual = static_cast<const S*>(p.residual);
-          finish(p.activation, tile, strip, int(height), cols,
-                 residual ? residual + row * p.ldr + out : nullptr, p.ldr, y, p.ldy);
+          continue;
         }
+        const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.ldr + out
+                                       : nullptr;
+        if (residual)
+          for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
+        run(e, panel, init, tile, strip);
+        finish(p.activation, tile, strip, int(height), cols, residual, p.ldr, y, p.ldy);
       }
     }
   }
