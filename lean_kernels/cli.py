@@ -110,7 +110,9 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     text = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, text, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name
@@ -134,6 +136,8 @@ def _require_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 @command
