@@ -152,8 +152,8 @@ def convert(
     from lean_kernels._files import check_replaceable
 
     check_replaceable(out, "config.json", force)
-    if not recipe.is_file():
-        raise FileNotFoundError(f"recipe {recipe} is not a file")
+    if not recipe.exists():
+        raise FileNotFoundError(f"recipe {recipe} does not exist")
     path = _model_path(model)
     _require_transformers()
 
@@ -168,7 +168,7 @@ def convert(
         save(lean, out, tokenizer=tokenizer, overwrite=force)
     _print_report(lean.lean_report())
     typer.echo(f"saved {out}" + ("" if tokenizer else " (the model has no tokenizer)"))
-    typer.echo(f"load it: import lean_kernels; {type(lean).__name__}.from_pretrained({str(out)!r})")
+    typer.echo(f"load it: import lean_kernels; model = lean_kernels.load({str(out)!r})")
 
 
 def _print_report(report) -> None:
