@@ -110,7 +110,9 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     text = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, text, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, text, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, name: bar.update(
             task, completed=done, total=total, description=name
@@ -134,6 +136,8 @@ def _require_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 @command
@@ -148,8 +152,8 @@ def convert(
     from lean_kernels._files import check_replaceable
 
     check_replaceable(out, "config.json", force)
-    if not recipe.is_file():
-        raise FileNotFoundError(f"recipe {recipe} is not a file")
+    if not recipe.exists():
+        raise FileNotFoundError(f"recipe {recipe} does not exist")
     path = _model_path(model)
     _require_transformers()
 
@@ -164,7 +168,7 @@ def convert(
         save(lean, out, tokenizer=tokenizer, overwrite=force)
     _print_report(lean.lean_report())
     typer.echo(f"saved {out}" + ("" if tokenizer else " (the model has no tokenizer)"))
-    typer.echo(f"load it: import lean_kernels; {type(lean).__name__}.from_pretrained({str(out)!r})")
+    typer.echo(f"load it: import lean_kernels; model = lean_kernels.load({str(out)!r})")
 
 
 def _print_report(report) -> None:
