@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled kernels, and remembers why it could not."""
 
+import ctypes
 import json
 from functools import cache
 from pathlib import Path
@@ -33,3 +34,13 @@ def load_cpu() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{path.name} could not be loaded: {error}"
     return None
+
+
+def cpu_isa() -> str | None:
+    """Instruction set the CPU kernels use; None when they are not loaded or it is not available."""
+    if load_cpu() is not None:
+        return None
+    function = ctypes.CDLL(str(_PACKAGE / "_C.abi3.so")).lean_kernels_cpu_isa
+    function.restype = ctypes.c_char_p
+    name = function()
+    return name.decode() if name else None
