@@ -196,6 +196,23 @@ def test_relu_keeps_nan():
     assert bool(y[1, :16].isnan().all()) and not bool(y[[0, 2]].isnan().any())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+def test_padding_has_no_effect_and_gets_zero_gradient():
+    x, (weight, crow, col), bias, _, grad = problem(6, 45, 40, (16, 16))
+    exact = exact_forward(x, (weight, crow, col), bias, None, None, 45)
+    exact_dx, _ = exact_grads(x, (weight, crow, col), grad)
+    rows = bsr.row_indices(crow, col.numel())
+    padding = torch.zeros_like(weight, dtype=torch.bool)
+    padding[rows == 2, 45 % 16 :] = True
+    padding[col == 2, :, 40 % 16 :] = True
+    matrix = (weight.masked_fill(padding, torch.nan), crow, col)
+    assert error(forward(x, matrix, bias, out_features=45), exact) < 1e-6
+    assert error(grads(x, matrix, grad)[0], exact_dx) < 1e-6
+    infinite = torch.full_like(x, torch.inf), torch.full_like(grad, torch.inf)
+    dw = grads(infinite[0], matrix, infinite[1])[1]
+    assert bool((dw[padding] == 0).all()) and bool((dw[~padding] == torch.inf).all())
+
+
 def test_strides():
     x, matrix, bias, residual, grad = problem(12, 45, 40, (16, 16))
     exact = exact_forward(x, matrix, bias, residual, "gelu", 45)
