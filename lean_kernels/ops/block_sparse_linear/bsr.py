@@ -27,9 +27,10 @@ def blocks_empty(nnz: int, block_shape: tuple[int, int], **kwargs) -> Tensor:
 
 
 def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
-    """Block row of each kept block, int64 [nnz]."""
-    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
-    return torch.repeat_interleave(rows, crow_indices.diff().long(), output_size=nnz)
+    """Block row of each kept block, int64 [nnz]. In range whatever `crow_indices` holds."""
+    entries = torch.arange(nnz, dtype=crow_indices.dtype, device=crow_indices.device)
+    rows = torch.searchsorted(crow_indices[1:].contiguous(), entries, right=True)
+    return rows.clamp_(max=crow_indices.numel() - 2)
 
 
 def pattern(block_mask: Tensor) -> tuple[Tensor, Tensor]:

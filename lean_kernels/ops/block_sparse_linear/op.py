@@ -84,13 +84,14 @@ _best_kernels = (
         _triton_kernels[2],
     ),
 )
-_KERNELS = {
-    None: _best_kernels,
-    Impl.CPU: _best_kernels,
-    Impl.REFERENCE: _reference_kernels,
-    Impl.TRITON: _triton_kernels,
-}
 _extension.load_cpu()
+
+
+def _kernels(impl: Impl | None, device: str):
+    if impl is Impl.REFERENCE:
+        return _reference_kernels
+    # On CUDA the registered ops are the Triton kernels; torch.compile sees through those alone.
+    return _triton_kernels if impl is Impl.TRITON and device == "cpu" else _best_kernels
 
 
 class _BlockSparseLinear(torch.autograd.Function):
@@ -98,13 +99,14 @@ class _BlockSparseLinear(torch.autograd.Function):
     def forward(ctx, x, weight, crow, col, bias, residual, out_features, impl):
         ctx.save_for_backward(x, weight, crow, col)
         ctx.impl = impl
-        return _KERNELS[impl][0](x, weight, crow, col, bias, residual, out_features, 0)
+        kernel = _kernels(impl, x.device.type)[0]
+        return kernel(x, weight, crow, col, bias, residual, out_features, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, crow, col = ctx.saved_tensors
-        _, grad_input, grad_weight = _KERNELS[ctx.impl]
+        _, grad_input, grad_weight = _kernels(ctx.impl, grad.device.type)
         need_x, need_weight, _, _, need_bias, need_residual = ctx.needs_input_grad[:6]
         dx = grad_input(grad, weight, crow, col, x.shape[-1]) if need_x else None
         dw = grad_weight(grad, x, crow, col, *weight.shape[1:]) if need_weight else None
@@ -146,9 +148,8 @@ def apply(
             y = y if residual is None else y + residual
         return y
     code = ACTIVATIONS.index(activation)
-    return _KERNELS[impl][0](
-        x, weight, crow_indices, col_indices, bias, residual, out_features, code
-    )
+    kernel = _kernels(impl, device)[0]
+    return kernel(x, weight, crow_indices, col_indices, bias, residual, out_features, code)
 
 
 def _check(x, weight, crow, col, bias, residual, out_features, activation, impl) -> None:
@@ -194,6 +195,8 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
     ):
         if tensor is not None and tensor.device != x.device:
             fail(f"{label} is on {tensor.device}, x on {x.device}; move them to one device")
+    if impl is Impl.TRITON and find_spec("triton") is None:
+        raise RuntimeError(f"{NAME}: impl 'triton' needs Triton: pip install lean_kernels[triton]")
     if impl is Impl.CPU:
         if x.device.type != "cpu":
             fail(f"impl 'cpu' needs CPU tensors, got {x.device}")
@@ -228,7 +231,8 @@ def block_sparse_linear(
 
     Returns:
         [..., out_features] in x's dtype. Sums run in float32 (float64 for float64), block by block
-        in index order, so a row's result does not depend on the rest of the batch.
+        in index order. On CPU a row's result does not depend on the rest of the batch, bit for
+        bit; on GPU it may change with the class of batch sizes a tile shape is chosen for.
 
     Raises:
         ValueError: a shape, dtype, device, activation or impl that does not fit.
