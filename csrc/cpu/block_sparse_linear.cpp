@@ -276,7 +276,10 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
   const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
   const Dtype dtype = dtype_of(x);
   const ScalarType wide = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(x, {pattern.nnz, block_in, block_out}, wide);
+  // The memory order of bsr.blocks_empty: outputs fastest where the forward kernel reads them so.
+  const bool out_fastest = block_out % 16 == 0;
+  Tensor out = torch::stable::new_empty(x, {pattern.nnz, out_fastest ? block_in : block_out,
+                                            out_fastest ? block_out : block_in}, wide);
   if (g.count == 0) torch::stable::zero_(out);
   if (g.count > 0 && pattern.nnz > 0) {
     const BlockSparseKernels& kernels = cpu_kernels().block_sparse[dtype];
@@ -297,6 +300,8 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
                  block_cols,
                  block_out,
                  block_in,
+                 out_fastest ? 1 : block_in,
+                 out_fastest ? block_out : 1,
                  panels,
                  panels + rows * grad_width * width,
                  0,
@@ -326,7 +331,7 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
     }
   }
   if (dtype != kFloat32 && dtype != kFloat64) out = torch::stable::to(out, x.scalar_type());
-  return torch::stable::transpose(out, 1, 2);
+  return out_fastest ? torch::stable::transpose(out, 1, 2) : out;
 }
 
 }  // namespace lean_kernels

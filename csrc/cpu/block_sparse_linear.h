@@ -41,7 +41,7 @@ struct Range {
 };
 
 // Gradient of the kept blocks: out[b] (o, i) = sum over rows of grad[row, o of b] * x[row, i of b],
-// written in float32/float64 with the strides of a BlockMatrix.
+// in float32 or float64.
 struct BlockOuter {
   const void* grad;
   const void* x;
@@ -52,6 +52,7 @@ struct BlockOuter {
   const int32_t* index;
   int64_t groups, inputs;  // block rows and block columns
   int64_t block_out, block_in;
+  int64_t out_stride, in_stride;  // of an element within its contiguous block
   // Panels of the current rows: [groups][panel_rows][block_out] and [inputs][panel_rows][block_in].
   void* grad_panels;
   void* x_panels;

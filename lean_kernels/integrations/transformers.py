@@ -95,7 +95,7 @@ class LeanQuantizer(HfQuantizer):
             weight = bsr.blocks_empty(
                 layer.nnz, layer.block_shape, dtype=layer.weight.dtype, device=layer.weight.device
             )
-            # Files are row-major, kernels read block_out fastest.
+            # Files are row-major, kernels read the order of blocks_empty.
             weight.copy_(layer.weight.detach())
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         del self._built, self._expected, self._same_class

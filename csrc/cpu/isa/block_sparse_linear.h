@@ -121,15 +121,18 @@ void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out,
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = i ? splat(A(0)) : init[v];
     const bool first = i == 0;
-    for (const int64_t stop = min_of(i + chain, e.count); i < stop; ++i) {
+    const int64_t stop = min_of(i + chain, e.count);
+    for (; i < stop; ++i) {
       const A* xb = x + e.index[i] * (R * block_in);
       const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
-      const A* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
-                                      : x + R * e.inputs + e.index[0] * (R * block_in);
-      for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(A)) __builtin_prefetch(next + k);
-      if (e.first_use)
-        for (int64_t k = 0; k < block_in; ++k)
-          __builtin_prefetch(wb + 2 * e.w_block + k * e.w_in);
+      if constexpr (kBlockIn != 1) {
+        const A* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
+                                        : x + R * e.inputs + e.index[0] * (R * block_in);
+        for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(A)) __builtin_prefetch(next + k);
+        if (e.first_use)
+          for (int64_t k = 0; k < block_in; ++k)
+            __builtin_prefetch(wb + 2 * e.w_block + k * e.w_in);
+      }
 #pragma GCC unroll 8
       for (int64_t k = 0; k < block_in; ++k) {
         const A* wk = wb + k * w_in;
@@ -169,6 +172,7 @@ TileLanesOut<A> tile_of_height(int64_t rows) {
 template <class A, int V, int R>
 TileLanesOut<A> tile_for(int64_t rows, int64_t block_in) {
   switch (block_in) {
+    case 1: return tile_of_height<A, V, 1, R>(rows);
     case 16: return tile_of_height<A, V, 16, R>(rows);
     case 32: return tile_of_height<A, V, 32, R>(rows);
     case 64: return tile_of_height<A, V, 64, R>(rows);
@@ -176,13 +180,19 @@ TileLanesOut<A> tile_for(int64_t rows, int64_t block_in) {
   }
 }
 
-// x rows of one panel as [input block][R][block_in], widened, columns past the edge zero.
+// x rows of one panel as [input block][panel_rows][block_in], widened, columns past the edge zero.
 template <class S, class A>
-void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t block_in, A* panel) {
+void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t block_in, A* panel,
+                int64_t panel_rows) {
   constexpr int W = kLanes<A>;
+  if (block_in == 1) {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = 0; r < rows; ++r) panel[c * panel_rows + r] = widen(x[r * ldx + c]);
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r, x += ldx) {
     A* to = panel + r * block_in;
-    for (int64_t c = 0; c < cols; c += block_in, to += rows * block_in) {
+    for (int64_t c = 0; c < cols; c += block_in, to += panel_rows * block_in) {
       int64_t n = min_of(block_in, cols - c), k = 0;
       for (; k + W <= n; k += W) store(to + k, load_wide(x + c + k));
       for (; k < n; ++k) to[k] = widen(x[c + k]);
@@ -231,7 +241,7 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
   for (int64_t i = 0, at = 0; i < panels.count; ++i) {
     const int64_t height = panels.height + (i < panels.taller);
-    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, xs + at * inputs);
+    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, xs + at * inputs, height);
     at += height;
   }
   const bool thin = rows <= kThin && w.block_out % (4 * W) == 0;
@@ -288,86 +298,131 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   }
 }
 
-// ---- lanes along rows: any block_out ----------------------------------------------------------
+// ---- few outputs per block: W rows of x at a time, one output after the other -------------------
 
-// x rows of one panel as [inputs][L], rows and columns past the edge zero.
-template <class S, class A, int L>
-void pack_panel_transposed(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t inputs,
-                           A* panel) {
-  for (int64_t r = 0; r < L; ++r) {
-    int64_t k = 0;
-    if (r < rows)
-      for (; k < cols; ++k) panel[k * L + r] = widen(x[r * ldx + k]);
-    for (; k < inputs; ++k) panel[k * L + r] = 0;
+// a and b folded into one vector: where `step` is set in a lane's number come sums of b's pairs of
+// lanes `step` apart, elsewhere those of a's.
+template <int step, class A, int... lane>
+LK_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
+  constexpr int W = sizeof...(lane);
+  return __builtin_shufflevector(a, b, ((lane & step ? W : 0) + (lane & ~step))...) +
+         __builtin_shufflevector(a, b, ((lane & step ? W : 0) + (lane | step))...);
+}
+
+// Adds up the lanes of W vectors, always by the same tree: lane i of the result is the sum of v[i].
+template <class A, int step = 1>
+LK_INLINE Vec<A> sum_lanes(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int W = kLanes<A>;
+  if constexpr (step == W) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / (2 * step); ++i)
+      v[i] = fold<step, A>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, W>());
+    return sum_lanes<A, 2 * step>(v);
   }
 }
 
-// out [N][L] = bias + sum over entries of w [N, block_in] x [block_in, L]. Each of N outputs keeps
-// kChains partial sums over inputs (k modulo kChains), added up at the end: with few outputs one
-// chain would wait for each multiply-add.
-template <class A, int N, int V, int kChains>
-void tile_lanes_rows(const Entries<A>& e, int64_t w_out, const A* x, const A* bias, A* out) {
-  constexpr int W = kLanes<A>, L = V * W;
-  const int64_t chain = kChainInputs > e.block_in ? kChainInputs / e.block_in : 1;
-  int64_t i = 0;
-  do {
-    const bool first = i == 0;
-    Vec<A> acc[N][kChains][V];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
+// out [W rows] = sum over entries of x [R, block_in] w [block_in], lanes along block_in, which is a
+// multiple of W. x: panel [input block][W rows][block_in]; rows from R on are zero.
+template <class A, int R, int kBlockIn>
+void tile_lanes_in(const Entries<A>& e, const A* x, A* out) {
+  constexpr int W = kLanes<A>;
+  const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
+  Vec<A> acc[W] = {};
+  for (int64_t i = 0; i < e.count; ++i) {
+    const A* xb = x + e.index[i] * (W * block_in);
+    const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < block_in; k += W) {
+      const Vec<A> w = load(wb + k);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r] += load(xb + r * block_in + k) * w;
+    }
+  }
+  store(out, sum_lanes<A>(acc));
+}
+
+// The same for any block_in, lanes along rows. x: panel [input][W rows]. Sums over inputs run in
+// eight chains, so that they need not wait for each multiply-add.
+template <class A>
+void tile_lanes_rows(const Entries<A>& e, const A* x, A* out) {
+  constexpr int W = kLanes<A>, kChains = 8;
+  Vec<A> acc[kChains] = {};
+  for (int64_t i = 0; i < e.count; ++i) {
+    const A* xb = x + e.index[i] * (W * e.block_in);
+    const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+    int64_t k = 0;
+    for (; k + kChains <= e.block_in; k += kChains)
 #pragma GCC unroll 8
       for (int c = 0; c < kChains; ++c)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[n][c][v] = splat(first && c == 0 ? bias[n] : A(0));
-    for (const int64_t stop = min_of(i + chain, e.count); i < stop; ++i) {
-      const A* xb = x + e.index[i] * (e.block_in * L);
-      const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
-      int64_t k = 0;
-      for (; k + kChains <= e.block_in; k += kChains)
+        acc[c] += load(xb + (k + c) * W) * wb[(k + c) * e.w_in];
+    for (; k < e.block_in; ++k) acc[0] += load(xb + k * W) * wb[k * e.w_in];
+  }
 #pragma GCC unroll 8
-        for (int c = 0; c < kChains; ++c)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) {
-            Vec<A> xv = load(xb + (k + c) * L + v * W);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) acc[n][c][v] += xv * wb[n * w_out + (k + c) * e.w_in];
-          }
-      for (; k < e.block_in; ++k)
-        for (int v = 0; v < V; ++v)
-          for (int n = 0; n < N; ++n)
-            acc[n][0][v] += load(xb + k * L + v * W) * wb[n * w_out + k * e.w_in];
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        Vec<A> sum = acc[n][0][v];
-#pragma GCC unroll 8
-        for (int c = 1; c < kChains; ++c) sum += acc[n][c][v];
-        A* to = out + n * L + v * W;
-        store(to, first ? sum : sum + load(to));
-      }
-  } while (i < e.count);
+  for (int c = 1; c < kChains; ++c) acc[0] += acc[c];
+  store(out, acc[0]);
+}
+
+template <class A>
+using TileOneOutput = void (*)(const Entries<A>&, const A*, A*);
+
+template <class A, int kBlockIn>
+TileOneOutput<A> tile_lanes_in_for(int64_t rows) {
+  constexpr int W = kLanes<A>;
+  if (rows == 1) return tile_lanes_in<A, 1, kBlockIn>;
+  return 2 * rows <= W ? tile_lanes_in<A, W / 2, kBlockIn> : tile_lanes_in<A, W, kBlockIn>;
+}
+template <class A>
+TileOneOutput<A> tile_one_output(int64_t rows, int64_t block_in) {
+  if (block_in % kLanes<A> != 0) return tile_lanes_rows<A>;
+  return block_in == 16 ? tile_lanes_in_for<A, 16>(rows) : tile_lanes_in_for<A, 0>(rows);
+}
+
+// x rows of one panel as [inputs][W], rows and columns past the edge zero.
+template <class S, class A>
+void pack_panel_transposed(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t inputs,
+                           A* panel) {
+  constexpr int W = kLanes<A>;
+  for (int64_t k = 0; k < inputs; ++k)
+    for (int64_t r = 0; r < W; ++r)
+      panel[k * W + r] = r < rows && k < cols ? A(widen(x[r * ldx + k])) : A(0);
 }
 
 constexpr int64_t kStripBytes = 128 << 10;  // weights one pass over the panels keeps in L2
 
-template <class S, int N, int V, int kChains>
-void product_lanes_rows(const Product& p, const Range& t, void* scratch) {
+// The matrix with outputs and inputs of each block swapped, for packing inputs fastest.
+LK_INLINE BlockMatrix swapped(BlockMatrix w) {
+  const BlockMatrix from = w;
+  w.block_out = from.block_in, w.block_in = from.block_out;
+  w.out_stride = from.in_stride, w.in_stride = from.out_stride;
+  return w;
+}
+
+template <class S>
+void product_one_output(const Product& p, const Range& t, void* scratch) {
   using A = typename Accumulator<S>::type;
-  constexpr int L = V * kLanes<A>, kOutputs = 16;
+  constexpr int W = kLanes<A>, kOutputs = 2 * W;
   const BlockMatrix& w = p.w;
   const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
   const int64_t block = w.block_in * w.block_out;
-  const bool packs = sizeof(S) != sizeof(A);
+  const bool lanes_in = w.block_in % W == 0;
+  const bool packs = sizeof(S) != sizeof(A) || (lanes_in && w.in_stride != 1);
   A* xs = static_cast<A*>(scratch);
-  A* packed = xs + ceil_div(rows, L) * L * inputs;
-  const S* x = static_cast<const S*>(p.x);
-  for (int64_t r = 0; r < rows; r += L)
-    pack_panel_transposed<S, A, L>(x + (t.row_begin + r) * p.ldx, p.ldx, min_of<int64_t>(L, rows - r),
-                                   p.in_features, inputs, xs + r * inputs);
+  A* packed = xs + ceil_div(rows, W) * W * inputs;
+  const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
+  for (int64_t r = 0; r < rows; r += W) {
+    const int64_t height = min_of<int64_t>(W, rows - r);
+    A* panel = xs + r * inputs;
+    if (lanes_in) {
+      if (height < W) memset(panel, 0, W * inputs * sizeof(A));
+      pack_panel(x + r * p.ldx, p.ldx, height, p.in_features, w.block_in, panel, W);
+    } else {
+      pack_panel_transposed(x + r * p.ldx, p.ldx, height, p.in_features, inputs, panel);
+    }
+  }
 
-  A sums[kOutputs * L], tile[L * kOutputs];
+  A sums[kOutputs * W], tile[W * kOutputs];
   int64_t strip_begin = t.group_begin;
   while (strip_begin < t.group_end) {
     int64_t strip_end = strip_begin + 1;
@@ -375,46 +430,40 @@ void product_lanes_rows(const Product& p, const Range& t, void* scratch) {
            (w.ptr[strip_end + 1] - w.ptr[strip_begin]) * block * int64_t(sizeof(A)) <= kStripBytes)
       ++strip_end;
     const int64_t base = w.ptr[strip_begin];
-    if (packs) pack_blocks<S>(w, base, w.ptr[strip_end], packed);
-    for (int64_t r = 0; r < rows; r += L) {
-      const int64_t row = t.row_begin + r, height = min_of<int64_t>(L, rows - r);
-      int64_t filled = 0, out = strip_begin * w.block_out;
-      for (int64_t g = strip_begin; g < strip_end; ++g) {
-        const int64_t begin = w.ptr[g];
-        Entries<A> e{w.index + begin, nullptr, w.ptr[g + 1] - begin, nullptr, 0, 0, w.block_in, inputs,
-                     false};
-        int64_t w_out;
-        if (packs) {
-          e.w = packed + (begin - base) * block;
-          e.w_block = block, e.w_in = w.block_out, w_out = 1;
-        } else {
-          e.position = w.position ? w.position + begin : nullptr;
-          e.w = static_cast<const A*>(w.values) + (w.position ? 0 : begin * w.block_stride);
-          e.w_block = w.block_stride, e.w_in = w.in_stride, w_out = w.out_stride;
-        }
-        for (int64_t o = 0; o < w.block_out; o += N) {
-          const int64_t first = g * w.block_out + o;
-          if (first >= p.out_features) break;
-          A bias[N];
-          for (int n = 0; n < N; ++n)
-            bias[n] = p.bias && first + n < p.out_features
-                          ? widen(static_cast<const S*>(p.bias)[first + n])
-                          : A(0);
-          tile_lanes_rows<A, N, V, kChains>(e, w_out, xs + r * inputs, bias, sums + filled * L);
-          e.w += N * w_out;
-          filled += N;
-          const bool last = g + 1 == strip_end && o + N >= w.block_out;
-          if (filled + N > kOutputs || last || first + N >= p.out_features) {
-            for (int64_t n = 0; n < filled; ++n)
-              for (int64_t i = 0; i < height; ++i) tile[i * kOutputs + n] = sums[n * L + i];
-            const S* residual = static_cast<const S*>(p.residual);
-            finish(p.activation, tile, kOutputs, int(height), min_of(filled, p.out_features - out),
-                   residual ? residual + row * p.ldr + out : nullptr, p.ldr,
-                   static_cast<S*>(p.y) + row * p.ldy + out, p.ldy);
-            out += filled;
-            filled = 0;
+    if (packs) pack_blocks<S>(swapped(w), base, w.ptr[strip_end], packed);
+    const int64_t strip_outputs =
+        min_of(strip_end * w.block_out, p.out_features) - strip_begin * w.block_out;
+    for (int64_t r = 0; r < rows; r += W) {
+      const int64_t row = t.row_begin + r, height = min_of<int64_t>(W, rows - r);
+      const TileOneOutput<A> run = tile_one_output<A>(height, w.block_in);
+      for (int64_t done = 0; done < strip_outputs; done += kOutputs) {
+        const int64_t first = strip_begin * w.block_out + done;
+        const int64_t outputs = min_of<int64_t>(kOutputs, strip_outputs - done);
+        for (int64_t n = 0; n < outputs; ++n) {
+          const int64_t g = (first + n) / w.block_out, o = (first + n) % w.block_out;
+          const int64_t begin = w.ptr[g];
+          Entries<A> e{w.index + begin, nullptr, w.ptr[g + 1] - begin, nullptr, block, 1,
+                       w.block_in,      0,       false};
+          if (packs) {
+            e.w = packed + (begin - base) * block + o * w.block_in;
+          } else {
+            e.position = w.position ? w.position + begin : nullptr;
+            e.w = static_cast<const A*>(w.values) + o * w.out_stride +
+                  (w.position ? 0 : begin * w.block_stride);
+            e.w_block = w.block_stride, e.w_in = w.in_stride;
+          }
+          run(e, xs + r * inputs, sums + n * W);
+          if (p.bias) {
+            const A bias = widen(static_cast<const S*>(p.bias)[first + n]);
+            store(sums + n * W, load(sums + n * W) + bias);
           }
         }
+        for (int64_t n = 0; n < outputs; ++n)
+          for (int64_t i = 0; i < height; ++i) tile[i * kOutputs + n] = sums[n * W + i];
+        const S* residual = static_cast<const S*>(p.residual);
+        finish(p.activation, tile, kOutputs, int(height), outputs,
+               residual ? residual + row * p.ldr + first : nullptr, p.ldr,
+               static_cast<S*>(p.y) + row * p.ldy + first, p.ldy);
       }
     }
     strip_begin = strip_end;
@@ -428,25 +477,24 @@ void product(const Product& p, const Range& t, void* scratch) {
   constexpr int W = kLanes<typename Accumulator<S>::type>;
   if (p.w.block_out % (2 * W) == 0) return product_lanes_out<S, 2, kWideRows>(p, t, scratch);
   if (p.w.block_out % W == 0) return product_lanes_out<S, 1, kNarrowRows>(p, t, scratch);
-  if (p.w.block_out % 4 == 0) return product_lanes_rows<S, 4, 3, 1>(p, t, scratch);
-  return product_lanes_rows<S, 1, 1, 8>(p, t, scratch);
+  return product_one_output<S>(p, t, scratch);
 }
 
 // Rows a task should hold a multiple of: the lanes of a panel, where rows are the lanes.
 template <class S>
 int64_t product_row_unit(const Product& p) {
   constexpr int W = kLanes<typename Accumulator<S>::type>;
-  if (p.w.block_out % W == 0) return 1;
-  return p.w.block_out % 4 == 0 ? 3 * W : W;
+  return p.w.block_out % W == 0 ? 1 : W;
 }
 
 template <class S>
 size_t product_scratch(const Product& p, int64_t rows) {
   using A = typename Accumulator<S>::type;
-  constexpr int64_t kMostLanes = 3 * kLanes<A>;
+  constexpr int W = kLanes<A>;
   const int64_t block = p.w.block_in * p.w.block_out;
-  int64_t size = ceil_div(rows, kMostLanes) * kMostLanes * padded_inputs(p);
-  if (packs_blocks<S>(p)) size += p.max_entries * block + kStripBytes / int64_t(sizeof(A));
+  const int64_t strip = p.max_entries * block + kStripBytes / int64_t(sizeof(A));
+  int64_t size = ceil_div(rows, W) * W * padded_inputs(p);
+  if (packs_blocks<S>(p) || p.w.block_out % W != 0) size += strip;
   return size_t(size) * sizeof(A);
 }
 
@@ -465,7 +513,7 @@ void outer_pack(const BlockOuter& p, int64_t begin, int64_t end) {
     const int64_t ld = is_grad ? p.ldg : p.ldx;
     const S* from = static_cast<const S*>(is_grad ? p.grad : p.x) + p.panel_begin * ld + at * block;
     A* to = static_cast<A*>(is_grad ? p.grad_panels : p.x_panels) + at * p.panel_rows * block;
-    pack_panel(from, ld, p.panel_rows, min_of(block, cols), block, to);
+    pack_panel(from, ld, p.panel_rows, min_of(block, cols), block, to, p.panel_rows);
   }
 }
 
@@ -529,7 +577,7 @@ void outer_block(const A* vectors, int64_t lanes, const A* scalars, int64_t othe
     }
 }
 
-// Entries [begin, end) of one group; out is [entry][block_in][block_out].
+// Entries [begin, end) of one group.
 template <class S>
 void outer(const BlockOuter& p, int64_t begin, int64_t end, int64_t group) {
   using A = typename Accumulator<S>::type;
@@ -541,19 +589,20 @@ void outer(const BlockOuter& p, int64_t begin, int64_t end, int64_t group) {
     const A* x = static_cast<const A*>(p.x_panels) + p.index[e] * rows * bi;
     A* out = static_cast<A*>(p.out) + e * bo * bi;
     if (bo % (2 * W) == 0) {
-      outer_block<A, 2, kWideRows>(grad, bo, x, bi, rows, out, bo, 1, add);
+      outer_block<A, 2, kWideRows>(grad, bo, x, bi, rows, out, p.in_stride, p.out_stride, add);
     } else if (bi % (2 * W) == 0) {
-      outer_block<A, 2, kWideRows>(x, bi, grad, bo, rows, out, 1, bo, add);
+      outer_block<A, 2, kWideRows>(x, bi, grad, bo, rows, out, p.out_stride, p.in_stride, add);
     } else if (bo % W == 0) {
-      outer_block<A, 1, kNarrowRows>(grad, bo, x, bi, rows, out, bo, 1, add);
+      outer_block<A, 1, kNarrowRows>(grad, bo, x, bi, rows, out, p.in_stride, p.out_stride, add);
     } else if (bi % W == 0) {
-      outer_block<A, 1, kNarrowRows>(x, bi, grad, bo, rows, out, 1, bo, add);
+      outer_block<A, 1, kNarrowRows>(x, bi, grad, bo, rows, out, p.out_stride, p.in_stride, add);
     } else {
       for (int64_t i = 0; i < bi; ++i)
         for (int64_t o = 0; o < bo; ++o) {
-          A sum = add ? out[i * bo + o] : A(0);
-          for (int64_t m = 0; m < rows; ++m) sum += grad[m * bo + o] * x[m * bi + i];
-          out[i * bo + o] = sum;
+          A& sum = out[o * p.out_stride + i * p.in_stride];
+          A total = add ? sum : A(0);
+          for (int64_t m = 0; m < rows; ++m) total += grad[m * bo + o] * x[m * bi + i];
+          sum = total;
         }
     }
   }

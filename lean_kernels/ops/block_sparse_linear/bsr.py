@@ -7,8 +7,8 @@ A matrix [rows, cols] cut into blocks [block_out, block_in] is stored as
     crow_indices  int32 [block_rows + 1]       blocks of block row r: crow[r] .. crow[r + 1]
     col_indices   int32 [nnz]                  block column of each kept block, ascending in a row
 
-Blocks over the right or lower edge are padded with zeros. In memory `block_out` is the fastest
-dimension of `weight` (see `blocks_empty`), which is the order the forward kernels read.
+Blocks over the right or lower edge are padded with zeros. Kernels take `weight` in any memory
+order; the one they read without packing is that of `blocks_empty`.
 """
 
 import torch
@@ -21,8 +21,13 @@ def grid(rows: int, cols: int, block_shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def blocks_empty(nnz: int, block_shape: tuple[int, int], **kwargs) -> Tensor:
-    """Uninitialised [nnz, block_out, block_in] whose fastest dimension in memory is block_out."""
+    """Uninitialised [nnz, block_out, block_in] in the memory order the forward kernels read.
+
+    That is block_out fastest where it fills vectors (multiples of 16), else block_in fastest.
+    """
     block_out, block_in = block_shape
+    if block_out % 16:
+        return torch.empty(nnz, block_out, block_in, **kwargs)
     return torch.empty(nnz, block_in, block_out, **kwargs).transpose(1, 2)
 
 
