@@ -33,7 +33,7 @@ def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
 
 
 def pattern(block_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`crow_indices`, `col_indices` (int32) of the True entries of a bool [block_rows, block_cols]."""
+    """`crow_indices`, `col_indices` (int32) of the True entries of [block_rows, block_cols]."""
     counts = block_mask.sum(dim=1)
     crow_indices = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=block_mask.device)
     torch.cumsum(counts, dim=0, out=crow_indices[1:])
