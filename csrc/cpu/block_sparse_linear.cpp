@@ -24,6 +24,8 @@ constexpr int64_t kChunkRows = 72;     // rows of x one task packs: its panels s
 constexpr int64_t kLeastRows = 24;     // fewer rows per task would read the weights too often
 constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
 constexpr double kSerialFlop = 5e5;    // below this a second thread costs more than it brings
+// Larger weights are not real, and could overflow the sizes computed from them.
+constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
 
 // Memory a thread keeps from call to call, since fresh pages cost more than small products.
 void* thread_scratch(size_t bytes) {
@@ -70,7 +72,7 @@ Dtype dtype_of(const Tensor& t) {
   return kDtypes;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // A [..., cols] tensor as rows of unit stride.
 struct Rows {
@@ -130,11 +132,19 @@ BlockMatrix block_matrix(const Tensor& weight, const Pattern& pattern) {
           weight.stride(1),        weight.stride(2)};
 }
 
+void check_blocks(int64_t nnz, int64_t block_out, int64_t block_in) {
+  STD_TORCH_CHECK(block_out > 0 && block_in > 0 && block_out <= kMostBlock &&
+                      block_in <= kMostBlock && nnz <= kMostElements / (block_out * block_in),
+                  "block_sparse_linear: block sizes must lie in [1, ", kMostBlock,
+                  "] and the weight hold at most 2^46 elements, got ", nnz, " blocks of ", block_out,
+                  "x", block_in);
+}
+
 void check_weight(const Tensor& weight, const Tensor& x, const Tensor& col) {
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(1) > 0 && weight.size(2) > 0 && col.dim() == 1 &&
-                      weight.size(0) == col.size(0),
+  STD_TORCH_CHECK(weight.dim() == 3 && col.dim() == 1 && weight.size(0) == col.size(0),
                   "block_sparse_linear: weight must be [nnz, block_out, block_in] with nnz as in "
                   "col_indices");
+  check_blocks(weight.size(0), weight.size(1), weight.size(2));
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
                   "block_sparse_linear: x and weight must have the same dtype");
 }
@@ -268,10 +278,11 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
                                        const Tensor& crow_indices, const Tensor& col_indices,
                                        int64_t block_out, int64_t block_in) {
   const Rows g(grad), in(x);
-  STD_TORCH_CHECK(block_out > 0 && block_in > 0 && g.cols > 0 && in.cols > 0 &&
-                      g.count == in.count && grad.scalar_type() == x.scalar_type(),
+  STD_TORCH_CHECK(g.cols > 0 && in.cols > 0 && g.count == in.count &&
+                      grad.scalar_type() == x.scalar_type() && col_indices.dim() == 1,
                   "block_sparse_linear: grad [..., out_features] and x [..., in_features] must "
-                  "have the same leading sizes and dtype, and block sizes be positive");
+                  "have the same leading sizes and dtype, and col_indices be [nnz]");
+  check_blocks(col_indices.size(0), block_out, block_in);
   const int64_t block_cols = ceil_div(in.cols, block_in);
   const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
   const Dtype dtype = dtype_of(x);

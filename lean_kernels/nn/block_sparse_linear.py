@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in for nn.Linear that stores and multiplies only the kept blocks of its weight."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -25,11 +27,19 @@ def magnitude_mask(weight: Tensor, block_shape: tuple[int, int], density: float)
     """Bool [block_rows, block_cols] keeping the `density` fraction of blocks of largest L2 norm."""
     if not 0 < density <= 1:
         raise ValueError(f"BlockSparseLinear: density must lie in (0, 1], got {density}")
-    scores = bsr.block_view(weight.detach().float(), block_shape).square().sum(dim=(2, 3))
+    blocks = bsr.block_view(weight.detach(), block_shape)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    scores = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=wide)
     keep = max(1, round(density * scores.numel()))
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask.view(-1)[scores.flatten().topk(keep, sorted=False).indices] = True
     return mask
+
+
+def nonzero_mask(weight: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """Bool [block_rows, block_cols], True where a block holds a non-zero."""
+    blocks = bsr.block_view(weight.detach(), block_shape)
+    return (blocks.amin(dim=(2, 3)) != 0) | (blocks.amax(dim=(2, 3)) != 0)
 
 
 class BlockSparseLinear(nn.Module):
@@ -56,6 +66,17 @@ class BlockSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         block_shape = _block_shape(block_shape)
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                f"BlockSparseLinear: in_features and out_features must be positive, got "
+                f"{in_features} and {out_features}"
+            )
+        block_rows, block_cols = bsr.grid(out_features, in_features, block_shape)
+        if not 0 <= nnz <= block_rows * block_cols:
+            raise ValueError(
+                f"BlockSparseLinear: nnz must lie in [0, {block_rows * block_cols}] for "
+                f"{block_rows} x {block_cols} blocks, got {nnz}"
+            )
         if activation not in op.ACTIVATIONS:
             raise ValueError(
                 f"BlockSparseLinear: unknown activation {activation!r}; "
@@ -65,7 +86,6 @@ class BlockSparseLinear(nn.Module):
         self.out_features = out_features
         self.block_shape = block_shape
         self.activation = activation
-        block_rows, _ = bsr.grid(out_features, in_features, block_shape)
         options = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(bsr.blocks_empty(nnz, block_shape, **options))
         self.bias = nn.Parameter(torch.empty(out_features, **options)) if bias else None
@@ -90,8 +110,9 @@ class BlockSparseLinear(nn.Module):
             linear: the dense layer; left as it is. Device, dtype and requires_grad carry over.
             block_shape: (block_out, block_in).
             density: keep this fraction of blocks, those of largest L2 norm.
-            mask: bool [out_features, in_features] of weights to keep (dropped weights inside a
-                kept block become zero), or [block_rows, block_cols] of blocks to keep.
+            mask: bool [out_features, in_features] of weights to keep (a block stays if any of its
+                weights does, and its dropped weights become zero), or [block_rows, block_cols] of
+                blocks to keep.
             activation: fused onto the output.
 
         With neither `density` nor `mask`, exactly the blocks that hold a non-zero are kept.
@@ -100,26 +121,34 @@ class BlockSparseLinear(nn.Module):
         block_shape = _block_shape(block_shape)
         if density is not None and mask is not None:
             raise ValueError("BlockSparseLinear.from_linear: give density or mask, not both")
-        if not bool(torch.isfinite(weight).all()):
+        if weight.numel() == 0:
+            raise ValueError(
+                f"BlockSparseLinear.from_linear: the weight is empty, got {tuple(weight.shape)}"
+            )
+        # not isfinite(weight).all(), which takes longer than all the rest
+        if not all(math.isfinite(extreme) for extreme in weight.aminmax()):
             raise ValueError("BlockSparseLinear.from_linear: the weight has NaN or infinite values")
         blocks_shape = bsr.grid(*weight.shape, block_shape)
+        weight_mask = None
         if density is not None:
             block_mask = magnitude_mask(weight, block_shape, density)
+        elif mask is None:
+            block_mask = nonzero_mask(weight, block_shape)
         else:
-            if mask is not None:
-                mask = mask.to(weight.device, torch.bool)
-                if mask.shape == weight.shape and mask.shape != blocks_shape:
-                    weight = weight * mask
-                elif mask.shape != blocks_shape:
-                    raise ValueError(
-                        f"BlockSparseLinear.from_linear: mask must be {tuple(weight.shape)} "
-                        f"(weights) or {blocks_shape} (blocks), got {tuple(mask.shape)}"
-                    )
-            if mask is not None and mask.shape == blocks_shape:
+            mask = mask.to(weight.device, torch.bool)
+            if mask.shape == blocks_shape:
                 block_mask = mask
+            elif mask.shape == weight.shape:
+                weight_mask = mask
+                block_mask = bsr.block_view(mask, block_shape).any(dim=3).any(dim=2)
             else:
-                block_mask = (bsr.block_view(weight, block_shape) != 0).any(-1).any(-1)
+                raise ValueError(
+                    f"BlockSparseLinear.from_linear: mask must be {tuple(weight.shape)} "
+                    f"(weights) or {blocks_shape} (blocks), got {tuple(mask.shape)}"
+                )
         kept, crow_indices, col_indices = bsr.from_dense(weight, block_mask, block_shape)
+        if weight_mask is not None:
+            kept *= bsr.gather_blocks(weight_mask, crow_indices, col_indices, block_shape)
         layer = cls(
             weight.shape[1],
             weight.shape[0],
@@ -213,7 +242,7 @@ class BlockSparseLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A file is untrusted: no index may reach a kernel unchecked. A shape mismatch was reported
         # above and left our own, valid, tensors in place.
-        if all(prefix + key in state_dict for key in ("weight", "crow_indices", "col_indices")):
+        if any(prefix + key in state_dict for key in ("weight", "crow_indices", "col_indices")):
             error_msgs = args[-1] if args else kwargs["error_msgs"]
             if not error_msgs:
                 try:

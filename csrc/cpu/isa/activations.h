@@ -52,10 +52,10 @@ LK_INLINE Floats where_below(Floats x, float limit, float a, Floats b) {
 
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 
-// Relative error 1e-7 on the clamped range; NaN passes through.
+// Relative error 1e-7 between the clamps, infinite above 88.4; NaN passes through.
 LK_INLINE Floats exp(Floats x) {
   x = where_below(x, -87.0f, -87.0f, x);
-  x = where_above(x, 88.0f, 88.0f, x);
+  x = where_above(x, 89.0f, 89.0f, x);
   const float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
   const Floats shifted = x * 1.442695041f + round, n = shifted + -round;
   const Floats r = x + n * -0.693145752f + n * -1.428606765e-6f;

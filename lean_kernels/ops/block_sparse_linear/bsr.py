@@ -39,7 +39,7 @@ def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
 
 
 def pattern(block_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`crow_indices`, `col_indices` (int32) of the True entries of a bool block mask."""
+    """`crow_indices`, `col_indices` (int32) of the True entries of [block_rows, block_cols]."""
     counts = block_mask.sum(dim=1)
     crow_indices = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=block_mask.device)
     torch.cumsum(counts, dim=0, out=crow_indices[1:])
@@ -86,6 +86,26 @@ def gather_blocks(
     return block_view(dense, block_shape)[rows, col_indices.long()]
 
 
+def check_bounds(
+    crow_indices: Tensor, col_indices: Tensor, block_cols: int, name: str = "block_sparse_linear"
+) -> None:
+    """Raise ValueError if indices lead outside the matrix. Reads them."""
+    nnz = col_indices.numel()
+    # compared, not subtracted: int32 differences wrap around
+    steps_down = bool((crow_indices[1:] < crow_indices[:-1]).any())
+    if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != nnz or steps_down:
+        raise ValueError(
+            f"{name}: crow_indices must rise from 0 to nnz = {nnz} without a step down"
+        )
+    if nnz == 0:
+        return
+    low, high = (int(v) for v in col_indices.aminmax())
+    if low < 0 or high >= block_cols:
+        raise ValueError(
+            f"{name}: col_indices must lie in [0, {block_cols}), got values from {low} to {high}"
+        )
+
+
 def validate(
     weight: Tensor,
     crow_indices: Tensor,
@@ -130,14 +150,9 @@ def validate(
             fail(f"{label} is on {index.device}, weight on {weight.device}; move them together")
     if weight.is_meta:
         return
-    counts = crow_indices.diff()
-    if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != nnz or bool((counts < 0).any()):
-        fail(f"crow_indices must rise from 0 to nnz = {nnz} without a step down")
+    check_bounds(crow_indices, col_indices, block_cols, name)
     if nnz == 0:
         return
-    low, high = (int(v) for v in col_indices.aminmax())
-    if low < 0 or high >= block_cols:
-        fail(f"col_indices must lie in [0, {block_cols}), got values from {low} to {high}")
     row = row_indices(crow_indices, nnz)
     if bool(((col_indices.diff() <= 0) & (row.diff() == 0)).any()):
         fail("col_indices must ascend without repeats within each block row; sort each row")

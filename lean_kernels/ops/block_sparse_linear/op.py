@@ -33,12 +33,26 @@ torch.library.define(
 )
 
 
+def _check_bounds(crow, col, in_features, block_in) -> None:
+    # Plain indexing takes negative indices. Reading them would stall an accelerator or a compiler.
+    if col.device.type == "cpu" and not torch.compiler.is_compiling():
+        bsr.check_bounds(crow, col, -(-in_features // block_in), NAME)
+
+
 def _reference_forward(x, weight, crow, col, bias, residual, out_features, activation):
     name = ACTIVATIONS[activation]
+    _check(x, weight, crow, col, bias, residual, out_features, name, None)
+    _check_bounds(crow, col, x.shape[-1], weight.shape[2])
     return reference.forward(x, weight, crow, col, bias, residual, out_features, name)
 
 
+def _reference_grad_input(grad, weight, crow, col, in_features):
+    _check_bounds(crow, col, in_features, weight.shape[2])
+    return reference.grad_input(grad, weight, crow, col, in_features)
+
+
 def _reference_grad_weight(grad, x, crow, col, block_out, block_in):
+    _check_bounds(crow, col, x.shape[-1], block_in)
     return reference.grad_weight(grad, x, crow, col, (block_out, block_in))
 
 
@@ -61,7 +75,7 @@ def _register(name: str, plain, fake, launch) -> "torch._ops.OpOverload":
 
 
 _triton_kernels = tuple(_triton(name) for name in ("forward", "grad_input", "grad_weight"))
-_reference_kernels = (_reference_forward, reference.grad_input, _reference_grad_weight)
+_reference_kernels = (_reference_forward, _reference_grad_input, _reference_grad_weight)
 _best_kernels = (
     _register(
         "block_sparse_linear",
@@ -71,7 +85,7 @@ _best_kernels = (
     ),
     _register(
         "block_sparse_linear_grad_input",
-        reference.grad_input,
+        _reference_grad_input,
         lambda grad, w, crow, col, k: grad.new_empty(*grad.shape[:-1], k),
         _triton_kernels[1],
     ),
@@ -110,8 +124,17 @@ class _BlockSparseLinear(torch.autograd.Function):
         need_x, need_weight, _, _, need_bias, need_residual = ctx.needs_input_grad[:6]
         dx = grad_input(grad, weight, crow, col, x.shape[-1]) if need_x else None
         dw = grad_weight(grad, x, crow, col, *weight.shape[1:]) if need_weight else None
-        db = grad.flatten(0, -2).sum(0) if need_bias else None
+        db = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
         return dx, dw, None, None, db, grad if need_residual else None, None, None
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast what torch's own linear casts: not float64, not integers."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(
+        t if t is None or t.dtype not in DTYPES or t.dtype == torch.float64 else t.to(dtype)
+        for t in tensors
+    )
 
 
 def apply(
@@ -126,12 +149,8 @@ def apply(
     impl: Impl | None = None,
 ) -> Tensor:
     """The op without the checks of `block_sparse_linear`, for layers that made them once."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        residual = None if residual is None else residual.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, residual = _autocast(x, weight, bias, residual)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
@@ -145,11 +164,21 @@ def apply(
         )
         if activation is not None:
             y = reference.ACTIVATIONS[activation](y)
-            y = y if residual is None else y + residual
+            if residual is not None:
+                _check_added("residual", residual, y.shape, y.dtype)
+                y = y + residual
         return y
     code = ACTIVATIONS.index(activation)
     kernel = _kernels(impl, device)[0]
     return kernel(x, weight, crow_indices, col_indices, bias, residual, out_features, code)
+
+
+def _check_added(label: str, tensor: Tensor | None, shape, dtype: torch.dtype) -> None:
+    if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+        raise ValueError(
+            f"{NAME}: {label} must be {dtype} {list(shape)}, got {tensor.dtype} "
+            f"{list(tensor.shape)}"
+        )
 
 
 def _check(x, weight, crow, col, bias, residual, out_features, activation, impl) -> None:
@@ -160,10 +189,11 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
         fail(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
     if weight.dim() != 3:
         fail(f"weight must be [nnz, block_out, block_in], got shape {tuple(weight.shape)}")
-    if x.dim() < 1 or out_features < 1:
+    if x.dim() < 1 or x.shape[-1] < 1 or out_features < 1 or min(weight.shape[1:]) < 1:
         fail(
-            f"x must be [..., in_features] and out_features positive, got shape "
-            f"{tuple(x.shape)} and {out_features}"
+            f"x must be [..., in_features], and in_features, out_features and block sizes "
+            f"positive, got x {list(x.shape)}, out_features {out_features}, weight "
+            f"{list(weight.shape)}"
         )
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         fail(
@@ -177,15 +207,8 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
                 f"{label}_indices must be int32 [{size}], got {index.dtype} {list(index.shape)}; "
                 f"out_features is {out_features}, weight {list(weight.shape)}"
             )
-    y_shape = (*x.shape[:-1], out_features)
-    for label, tensor, shape in (
-        ("bias", bias, (out_features,)),
-        ("residual", residual, y_shape),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
-            fail(
-                f"{label} must be {x.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
+    _check_added("bias", bias, (out_features,), x.dtype)
+    _check_added("residual", residual, (*x.shape[:-1], out_features), x.dtype)
     for label, tensor in (
         ("weight", weight),
         ("crow_indices", crow),
@@ -239,18 +262,15 @@ def block_sparse_linear(
         RuntimeError: a named impl is not available here.
 
     The values of the indices are not read here (that would stall an accelerator); check a pattern
-    of unknown origin once with `lean_kernels.ops.block_sparse_linear.bsr.validate`. The CPU kernels
-    refuse out-of-range indices on every call; the Triton kernels mask them.
+    of unknown origin once with `lean_kernels.ops.block_sparse_linear.bsr.validate`. On CPU indices
+    out of range are refused on every call; the Triton kernels mask them.
 
     Differentiable once in x, weight (kept blocks only), bias and residual. The format is SciPy's
     and torch's BSR; block pruning of this kind: MLPruning, arXiv 2105.14636.
     """
     chosen = resolve(NAME, impl, IMPLS)
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, residual = (
-            t if t is None else t.to(torch.get_autocast_dtype(x.device.type))
-            for t in (x, weight, bias, residual)
-        )
+        x, weight, bias, residual = _autocast(x, weight, bias, residual)
     _check(x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen)
     return apply(
         x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen

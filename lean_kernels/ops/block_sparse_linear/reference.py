@@ -23,6 +23,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -55,7 +59,7 @@ def grad_weight(
     col_indices: Tensor,
     block_shape: tuple[int, int],
 ) -> Tensor:
-    dense = _wide(grad).flatten(0, -2).t() @ _wide(x).flatten(0, -2)
+    dense = _rows(_wide(grad)).t() @ _rows(_wide(x))
     blocks = bsr.gather_blocks(dense, crow_indices, col_indices, block_shape)
     out = bsr.blocks_empty(col_indices.numel(), block_shape, dtype=x.dtype, device=x.device)
     return out.copy_(blocks)
