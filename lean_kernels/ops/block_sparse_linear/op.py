@@ -169,7 +169,7 @@ def apply(
                 y = y + residual
         return y
     code = ACTIVATIONS.index(activation)
-    kernel = _kernels(impl, device)[0]
+    kernel = _kernels(impl, x.device.type)[0]
     return kernel(x, weight, crow_indices, col_indices, bias, residual, out_features, code)
 
 
