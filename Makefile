@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench wheel asan gpu clean
+.PHONY: demo test lint bench wheel asan clean
 
 demo: .venv/installed
 	$(BIN)/lean-kernels demo --out out/demo --force
@@ -31,9 +31,6 @@ wheel: .venv/installed
 
 asan: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/asan.sh
-
-gpu: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/gpu.sh
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -198,12 +198,15 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 f"BlockSparseLinear: x must be [..., {self.in_features}], got {list(x.shape)}"
             )
+        # nn.Module's own attribute lookup takes 2 us a tensor. Parametrizations and sharding move
+        # parameters elsewhere.
+        parameters, buffers = self._parameters, self._buffers
         return op.apply(
             x,
-            self.weight,
-            self.crow_indices,
-            self.col_indices,
-            self.bias,
+            parameters["weight"] if "weight" in parameters else self.weight,
+            buffers["crow_indices"],
+            buffers["col_indices"],
+            parameters["bias"] if "bias" in parameters else self.bias,
             residual,
             self.out_features,
             self.activation,

@@ -149,7 +149,8 @@ def apply(
     impl: Impl | None = None,
 ) -> Tensor:
     """The op without the checks of `block_sparse_linear`, for layers that made them once."""
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
         x, weight, bias, residual = _autocast(x, weight, bias, residual)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -169,7 +170,7 @@ def apply(
                 y = y + residual
         return y
     code = ACTIVATIONS.index(activation)
-    kernel = _kernels(impl, x.device.type)[0]
+    kernel = _kernels(impl, device)[0]
     return kernel(x, weight, crow_indices, col_indices, bias, residual, out_features, code)
 
 
