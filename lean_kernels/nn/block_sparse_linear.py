@@ -200,13 +200,13 @@ class BlockSparseLinear(nn.Module):
             )
         # nn.Module's own attribute lookup takes 2 us a tensor. Parametrizations and sharding move
         # parameters elsewhere.
-        parameters, buffers = self._parameters, self._buffers
+        own, buffers = self._parameters, self._buffers
         return op.apply(
             x,
-            parameters["weight"] if "weight" in parameters else self.weight,
+            own["weight"] if "weight" in own else self.weight,  # noqa: SIM401
             buffers["crow_indices"],
             buffers["col_indices"],
-            parameters["bias"] if "bias" in parameters else self.bias,
+            own["bias"] if "bias" in own else self.bias,  # noqa: SIM401
             residual,
             self.out_features,
             self.activation,

@@ -98,7 +98,7 @@ _best_kernels = (
         _triton_kernels[2],
     ),
 )
-_extension.load_cpu()
+_cpu_missing = _extension.load_cpu()
 
 
 def _kernels(impl: Impl | None, device: str):
@@ -128,9 +128,11 @@ class _BlockSparseLinear(torch.autograd.Function):
         return dx, dw, None, None, db, grad if need_residual else None, None, None
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast what torch's own linear casts: not float64, not integers."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+def _autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, cast what torch's own linear casts: not float64, not integers."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t if t is None or t.dtype not in DTYPES or t.dtype == torch.float64 else t.to(dtype)
         for t in tensors
@@ -150,8 +152,7 @@ def apply(
 ) -> Tensor:
     """The op without the checks of `block_sparse_linear`, for layers that made them once."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    x, weight, bias, residual = _autocast(device, x, weight, bias, residual)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
@@ -224,8 +225,8 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
     if impl is Impl.CPU:
         if x.device.type != "cpu":
             fail(f"impl 'cpu' needs CPU tensors, got {x.device}")
-        if (reason := _extension.load_cpu()) is not None:
-            raise RuntimeError(f"{NAME}: impl 'cpu' is not available: {reason}")
+        if _cpu_missing is not None:
+            raise RuntimeError(f"{NAME}: impl 'cpu' is not available: {_cpu_missing}")
 
 
 def block_sparse_linear(
@@ -270,8 +271,7 @@ def block_sparse_linear(
     and torch's BSR; block pruning of this kind: MLPruning, arXiv 2105.14636.
     """
     chosen = resolve(NAME, impl, IMPLS)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    x, weight, bias, residual = _autocast(x.device.type, x, weight, bias, residual)
     _check(x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen)
     return apply(
         x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen
