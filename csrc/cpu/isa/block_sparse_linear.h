@@ -186,7 +186,17 @@ void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t blo
                 int64_t panel_rows) {
   constexpr int W = kLanes<A>;
   if (block_in == 1) {
-    for (int64_t c = 0; c < cols; ++c)
+    int64_t c = 0;
+    // Whole vectors, column after column: lanes past the last row are overwritten by the next.
+    for (; rows <= W && c + 2 * W <= cols; c += W) {
+      Vec<A> v[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) v[r] = load_wide(x + min_of<int64_t>(r, rows - 1) * ldx + c);
+      transpose<A>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(panel + (c + i) * panel_rows, v[i]);
+    }
+    for (; c < cols; ++c)
       for (int64_t r = 0; r < rows; ++r) panel[c * panel_rows + r] = widen(x[r * ldx + c]);
     return;
   }
@@ -201,19 +211,33 @@ void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t blo
   }
 }
 
-// The group's blocks as [entry][block_in][block_out], widened.
+// Entries [begin, end) as [strip of outputs][entry][block_in][strip], widened.
 template <class S, class A>
-void pack_blocks(const BlockMatrix& w, int64_t begin, int64_t end, A* to) {
+void pack_blocks(const BlockMatrix& w, int64_t begin, int64_t end, int64_t strip, A* to) {
   constexpr int W = kLanes<A>;
-  for (int64_t e = begin; e < end; ++e) {
-    const S* from =
-        static_cast<const S*>(w.values) + (w.position ? w.position[e] : e) * w.block_stride;
-    for (int64_t i = 0; i < w.block_in; ++i, to += w.block_out) {
-      const S* row = from + i * w.in_stride;
-      int64_t o = 0;
-      if (w.out_stride == 1)
-        for (; o + W <= w.block_out; o += W) store(to + o, load_wide(row + o));
-      for (; o < w.block_out; ++o) to[o] = widen(row[o * w.out_stride]);
+  for (int64_t o = 0; o < w.block_out; o += strip) {
+    for (int64_t e = begin; e < end; ++e, to += w.block_in * strip) {
+      const S* from = static_cast<const S*>(w.values) +
+                      (w.position ? w.position[e] : e) * w.block_stride + o * w.out_stride;
+      int64_t i = 0;
+      if (w.out_stride == 1 && strip % W == 0) {
+        for (; i < w.block_in; ++i)
+          for (int64_t c = 0; c < strip; c += W)
+            store(to + i * strip + c, load_wide(from + i * w.in_stride + c));
+      } else if (w.in_stride == 1 && strip % W == 0) {
+        for (; i + W <= w.block_in; i += W)
+          for (int64_t c = 0; c < strip; c += W) {
+            Vec<A> v[W];
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) v[r] = load_wide(from + (c + r) * w.out_stride + i);
+            transpose<A>(v);
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) store(to + (i + r) * strip + c, v[r]);
+          }
+      }
+      for (; i < w.block_in; ++i)
+        for (int64_t c = 0; c < strip; ++c)
+          to[i * strip + c] = widen(from[c * w.out_stride + i * w.in_stride]);
     }
   }
 }
@@ -255,17 +279,18 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
 
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g], end = w.ptr[g + 1];
-    Entries<A> e{w.index + begin, nullptr, end - begin, packed, w.block_in * w.block_out,
-                 w.block_out, w.block_in, inputs, false};
+    Entries<A> e{w.index + begin, nullptr, end - begin, packed, w.block_in * strip,
+                 strip, w.block_in, inputs, false};
+    const int64_t next_strip = packs ? e.count * e.w_block : strip;
     if (packs) {
-      pack_blocks<S>(w, begin, end, packed);
+      pack_blocks<S>(w, begin, end, strip, packed);
     } else {
       e.position = w.position ? w.position + begin : nullptr;
       e.w = static_cast<const A*>(w.values) + (w.position ? 0 : begin * w.block_stride);
       e.w_block = w.block_stride;
       e.w_in = w.in_stride;
     }
-    for (int64_t o = 0; o < w.block_out; o += strip, e.w += strip) {
+    for (int64_t o = 0; o < w.block_out; o += strip, e.w += next_strip) {
       const int64_t out = g * w.block_out + o, cols = min_of(strip, p.out_features - out);
       if (cols <= 0) break;
       A bias[4 * W > kStrip ? 4 * W : kStrip] = {};
@@ -282,7 +307,10 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
         e.first_use = i == 0 && !packs;
         at += height;
-        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(y + r * p.ldy, 1);
+        // The next tile's output lines: the panel below, or the first one of the next strip.
+        const S* ahead =
+            i + 1 < panels.count ? y + height * p.ldy : y + strip - (at - height) * p.ldy;
+        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(ahead + r * p.ldy, 1);
         if (direct) {
           run(e, panel, init, reinterpret_cast<A*>(y), p.ldy);
           continue;
@@ -430,7 +458,7 @@ void product_one_output(const Product& p, const Range& t, void* scratch) {
            (w.ptr[strip_end + 1] - w.ptr[strip_begin]) * block * int64_t(sizeof(A)) <= kStripBytes)
       ++strip_end;
     const int64_t base = w.ptr[strip_begin];
-    if (packs) pack_blocks<S>(swapped(w), base, w.ptr[strip_end], packed);
+    if (packs) pack_blocks<S>(swapped(w), base, w.ptr[strip_end], w.block_in, packed);
     const int64_t strip_outputs =
         min_of(strip_end * w.block_out, p.out_features) - strip_begin * w.block_out;
     for (int64_t r = 0; r < rows; r += W) {

@@ -160,5 +160,26 @@ LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
   }
 }
 
+// One exchange of a transposition: where `step` is set in a lane's number, a takes from b.
+template <int step, class A, int... lane>
+LK_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, lane...>) {
+  constexpr int W = sizeof...(lane);
+  const Vec<A> low = __builtin_shufflevector(a, b, (lane & step ? W + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? W + lane : lane + step)...);
+  a = low;
+}
+
+// v[i] lane j <-> v[j] lane i.
+template <class A, int step = 1>
+LK_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int W = kLanes<A>;
+  if constexpr (step < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & step)) exchange<step, A>(v[i], v[i + step], std::make_integer_sequence<int, W>());
+    transpose<A, 2 * step>(v);
+  }
+}
+
 }  // namespace
 }  // namespace lean_kernels
