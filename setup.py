@@ -35,7 +35,7 @@ class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set; records why it could not."""
 
     def run(self) -> None:
-        reason = None
+        reason, inplace = None, self.inplace  # run() clears inplace, and a failure leaves it so
         mode = os.environ.get("LEAN_KERNELS_BUILD", "auto")
         if mode == "none":
             reason = "LEAN_KERNELS_BUILD=none when the package was built"
@@ -49,7 +49,7 @@ class BuildKernels(build_ext):
                 reason = f"the build failed: {type(error).__name__}: {error}"
                 print(f"lean_kernels: installing without compiled kernels; {reason}")
                 self.extensions = []
-        package = Path("." if self.inplace else self.build_lib) / "lean_kernels"
+        package = Path("." if inplace else self.build_lib) / "lean_kernels"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build_info.json").write_text(json.dumps({"cpu": reason}) + "\n")
 
