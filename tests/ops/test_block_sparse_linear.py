@@ -108,12 +108,18 @@ def test_strides_of_x_and_residual(impl, block, dtype):
     p.x, p.residual = x, residual
     expected = p.run(impl, activation="gelu")
     residuals = _layouts(residual)
+
+    def agree(result, exact):  # only the kernels promise bits: MKL picks its sums by layout
+        if impl == "cpu":
+            return same_bits(result, exact)
+        return error(result, exact.double()) <= torch.finfo(dtype).eps
+
     for name, view in _layouts(x).items():
         p.x, p.residual = view, residuals[name]
-        assert same_bits(p.run(impl, activation="gelu"), expected), name
+        assert agree(p.run(impl, activation="gelu"), expected), name
         for row in (0, 1):  # two dimensions: strides that need no copy
             p.x, p.residual = view[row], residuals[name][row]
-            assert same_bits(p.run(impl, activation="gelu"), expected[row]), name
+            assert agree(p.run(impl, activation="gelu"), expected[row]), name
 
 
 @pytest.mark.parametrize("block", FEW_BLOCKS, ids=str)
@@ -130,11 +136,15 @@ def test_expanded_inputs(impl, block):
 def test_memory_order_of_the_weight(impl, block, dtype):
     p = problem(19, 70, 90, block, dtype)
     weight, *indices = p.matrix
-    assert weight.transpose(1, 2).is_contiguous()
     expected = p.run(impl)
     every_second = torch.full((2 * weight.shape[0], *weight.shape[1:]), torch.nan, dtype=dtype)
     every_second[::2] = weight
-    for view in (weight.contiguous(), every_second[::2], torch.stack((weight,) * 2, -1)[..., 0]):
+    for view in (
+        weight.contiguous(),
+        weight.mT.contiguous().mT,
+        every_second[::2],
+        torch.stack((weight,) * 2, -1)[..., 0],
+    ):
         p.matrix = (view, *indices)
         assert same_bits(p.run(impl), expected)
     p.matrix = (weight[:1].expand_as(weight), *indices)

@@ -43,7 +43,7 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     p = problem(draw(st.integers(0, 40)), out_features, in_features, block, dtype, mask=mask)
     weight, *indices = p.matrix
-    p.matrix = (draw(st.sampled_from([weight, weight.contiguous()])), *indices)
+    p.matrix = (draw(st.sampled_from([weight.contiguous(), weight.mT.contiguous().mT])), *indices)
     p.x, p.residual, p.grad = (draw(layouts)(t) for t in (p.x, p.residual, p.grad))
     return p
 
