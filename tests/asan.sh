@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds csrc with the address and undefined-behaviour sanitizers in a copy of the tree and runs
+# the op tests and a fuzz of random and corrupted patterns through it. Any report is a failure.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r csrc lean_kernels tests setup.py pyproject.toml README.md LICENSE "$copy"
+cd "$copy"
+rm -f lean_kernels/*.so
+LEAN_KERNELS_BUILD=required LEAN_KERNELS_SANITIZE=1 python setup.py --quiet build_ext --inplace
+
+compiler=${CXX:-g++}
+# libstdc++ as well: the sanitizer must find the function that throws before torch loads it.
+for library in libasan.so libubsan.so libstdc++.so; do
+  LD_PRELOAD=${LD_PRELOAD:-}${LD_PRELOAD:+:}$("$compiler" -print-file-name="$library")
+done
+export LD_PRELOAD PYTHONPATH=$copy
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+python tests/fuzz_patterns.py --seconds "${FUZZ_SECONDS:-60}"
+python -m pytest -q -x -p no:cacheprovider tests/ops/test_block_sparse_linear_errors.py \
+  tests/ops/test_block_sparse_linear_gradients.py tests/ops/test_block_sparse_linear_properties.py
