@@ -406,7 +406,8 @@ def grad_weight(
     part_tokens = triton.cdiv(tokens, parts)
     numerics = _numerics(x.dtype)
     sums = out
-    if parts > 1:
+    in_place = parts == 1 and out.transpose(1, 2).is_contiguous()  # as the kernel writes it
+    if not in_place:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         sums = torch.empty(parts, nnz, block_in, block_out, dtype=wide, device=x.device)
     numbers = torch.arange(nnz, dtype=torch.int32, device=x.device)
@@ -426,4 +427,4 @@ def grad_weight(
             **numerics,
             **_OPTIONS,
         )
-    return out if parts == 1 else out.copy_(sums.sum(0).transpose(1, 2))
+    return out if in_place else out.copy_(sums.sum(0).transpose(1, 2))
