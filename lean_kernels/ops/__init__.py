@@ -2,5 +2,6 @@
 """Functional ops. Each lives in a folder of its own, with its reference beside its kernels."""
 
 from lean_kernels.ops.block_sparse_linear import block_sparse_linear
+from lean_kernels.ops.ragged_attention import ragged_attention
 
-__all__ = ["block_sparse_linear"]
+__all__ = ["block_sparse_linear", "ragged_attention"]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lean_kernels import _extension
+from lean_kernels._autocast import autocast
 from lean_kernels._dispatch import Impl, resolve
 from lean_kernels.ops.block_sparse_linear import bsr, reference
 
@@ -128,17 +129,6 @@ class _BlockSparseLinear(torch.autograd.Function):
         return dx, dw, None, None, db, grad if need_residual else None, None, None
 
 
-def _autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, cast what torch's own linear casts: not float64, not integers."""
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t if t is None or t.dtype not in DTYPES or t.dtype == torch.float64 else t.to(dtype)
-        for t in tensors
-    )
-
-
 def apply(
     x: Tensor,
     weight: Tensor,
@@ -152,7 +142,7 @@ def apply(
 ) -> Tensor:
     """The op without the checks of `block_sparse_linear`, for layers that made them once."""
     device = x.device.type
-    x, weight, bias, residual = _autocast(device, x, weight, bias, residual)
+    x, weight, bias, residual = autocast(device, x, weight, bias, residual)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
@@ -271,7 +261,7 @@ def block_sparse_linear(
     and torch's BSR; block pruning of this kind: MLPruning, arXiv 2105.14636.
     """
     chosen = resolve(NAME, impl, IMPLS)
-    x, weight, bias, residual = _autocast(x.device.type, x, weight, bias, residual)
+    x, weight, bias, residual = autocast(x.device.type, x, weight, bias, residual)
     _check(x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen)
     return apply(
         x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen
