@@ -102,7 +102,7 @@ def test_command_without_matplotlib(model, tmp_path, monkeypatch):
     def hide(name):
         return None if name == "matplotlib" else find_spec(name)
 
-    for module in ("lean_kernels.cli", "lean_kernels.demo"):
+    for module in ("lean_kernels.cli.demo", "lean_kernels.demo"):
         monkeypatch.setattr(f"{module}.find_spec", hide)
     out = tmp_path / "out"
     arguments = ["demo", "--model", str(model), "--out", str(out)]

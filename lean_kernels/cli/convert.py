@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lean-kernels convert"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lean_kernels.cli.common import (
+    Debug,
+    Force,
+    console,
+    model_path,
+    progress_bar,
+    require_transformers,
+)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the word minilm.")],
+    recipe: Annotated[Path, typer.Option(help="TOML: which modules become what.")],
+    out: Annotated[Path, typer.Option(help="Directory for the lean model and its tokenizer.")],
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Make a model lean by a recipe, and save it for AutoModel.from_pretrained."""
+    from lean_kernels._files import check_replaceable
+
+    check_replaceable(out, "config.json", force)
+    if not recipe.exists():
+        raise FileNotFoundError(f"recipe {recipe} does not exist")
+    path = model_path(model)
+    require_transformers()
+
+    import lean_kernels as lk
+    from lean_kernels.demo import load_tokenizer
+    from lean_kernels.integrations.transformers import save
+
+    rules = lk.Recipe.from_toml(recipe)
+    dense, tokenizer = lk.load(path), load_tokenizer(path)
+    with progress_bar() as progress:
+        lean = lk.convert(dense, rules, progress=progress)
+        save(lean, out, tokenizer=tokenizer, overwrite=force)
+    _print_report(lean.lean_report())
+    typer.echo(f"saved {out}" + ("" if tokenizer else " (the model has no tokenizer)"))
+    typer.echo(f"load it: import lean_kernels; model = lean_kernels.load({str(out)!r})")
+
+
+def _print_report(report) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    header, *rows = report.rows()
+    table = Table(*header)
+    for column in table.columns[1:-1]:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*map(escape, row))
+    screen = console()
+    screen.print(table)
+    screen.print(report.summary())

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lean-kernels demo"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lean_kernels.cli.common import (
+    Debug,
+    Force,
+    console,
+    model_path,
+    progress_bar,
+    require_transformers,
+)
+
+
+def _densities(text: str) -> tuple[float, ...]:
+    try:
+        densities = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        densities = ()
+    if not densities or not all(0 < density <= 1 for density in densities):
+        raise ValueError(f"--densities: expected numbers in (0, 1] with commas, got {text!r}")
+    return tuple(dict.fromkeys(densities))
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="A directory, a hub id, or minilm.")] = "minilm",
+    texts: Annotated[
+        Path | None, typer.Option(help="One text per line; without it, 250 shipped sentences.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for models, table and plot.")] = Path(
+        "out/demo"
+    ),
+    densities: Annotated[str, typer.Option(help="Fractions kept.")] = "0.9,0.75,0.5,0.35,0.2,0.1",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes, if time allows.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a dense encoder with lean ones: speed, size, and how faithful the embeddings stay."""
+    from lean_kernels import _extension
+    from lean_kernels import demo as comparison
+    from lean_kernels._files import check_replaceable
+
+    check_replaceable(out, comparison.RESULTS, force)
+    chosen = _densities(densities)
+    path = model_path(model)
+    lines = comparison.read_texts(texts)
+    require_transformers()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with progress_bar() as progress:
+        result = comparison.run(
+            path,
+            lines,
+            out,
+            densities=chosen,
+            batch_size=batch_size,
+            rounds=rounds,
+            device=device,
+            overwrite=force,
+            title="all-MiniLM-L6-v2" if model == "minilm" else model,
+            progress=progress,
+        )
+    _print_comparison(result)
+    if device == "cpu" and (reason := _extension.load_cpu()) is not None:
+        typer.echo(f"warning: without CPU kernels lean layers run on slow plain PyTorch: {reason}")
+    if find_spec("matplotlib") is None:
+        typer.echo("plot     skipped: pip install matplotlib")
+    else:
+        typer.echo(f"plot     {out / comparison.PLOT}")
+    typer.echo(f"results  {out / comparison.RESULTS}")
+    for row in result.rows[1:]:
+        typer.echo(f"model    {row.path}")
+
+
+def _print_comparison(result) -> None:
+    from rich.table import Table
+
+    table = Table(
+        *("density", "ms", "speed-up", "sparse layers", "parameters"),
+        *("MB on disk", "cosine", "Spearman"),
+    )
+    for column in table.columns:
+        column.justify = "right"
+    for row in result.rows:
+        table.add_row(
+            "dense" if row.density is None else f"{row.density:g}",
+            f"{row.milliseconds:.0f}",
+            f"{row.speedup:.2f}x",
+            f"{row.sparse_layers} of {result.layers}",
+            f"{row.parameters / 1e6:.1f} M",
+            f"{row.bytes_on_disk / 1e6:.1f}",
+            f"{row.cosine:.4f}",
+            f"{row.spearman:.4f}",
+        )
+    typer.echo(
+        f"{result.model}: {result.texts} texts, {result.tokens} tokens in "
+        f"batches of {result.batch_size}, {result.threads} threads on {result.device}; "
+        f"median of {result.rounds} passes, dense and lean in turn"
+    )
+    console().print(table)
+    typer.echo(
+        "cosine: mean over texts of lean against dense embedding; Spearman: of all pairwise "
+        "similarities, lean against dense."
+    )
+    typer.echo(
+        "Every lean model was saved and reloaded by stock AutoModel.from_pretrained; the weights "
+        "came back bit for bit; largest difference of an embedding: "
+        f"{result.largest_reload_difference:g}."
+    )
+    typer.echo(
+        "These models were pruned by magnitude and not trained: accuracy at low density needs "
+        "training with the blocks dropped, which is what the pruning papers do."
+    )
