@@ -18,6 +18,7 @@ TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11; later 
 COMMON = [
     "csrc/register_cpu.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/add_layer_norm.cpp",
     "csrc/cpu/block_sparse_linear.cpp",
     "csrc/cpu/isa/generic.cpp",
 ]

@@ -1,97 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // block_sparse_linear and its gradients on CPU: tensors in, tasks out to torch's thread pool.
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include "host.h"
 #include "isa.h"
 
 namespace lean_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
+constexpr const char* kOp = "block_sparse_linear";
 constexpr int64_t kChunkRows = 72;     // rows of x one task packs: its panels stay in L2
 constexpr int64_t kLeastRows = 24;     // fewer rows per task would read the weights too often
 constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
 constexpr double kSerialFlop = 5e5;    // below this a second thread costs more than it brings
 // Larger weights are not real, and could overflow the sizes computed from them.
 constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
-
-// Memory a thread keeps from call to call, since fresh pages cost more than small products.
-void* thread_scratch(size_t bytes) {
-  struct Buffer {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.size < bytes) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    bytes = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(4096, bytes);
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = bytes;
-  }
-  return buffer.data;
-}
-
-// Runs task(i) for i in [0, count), each on whichever thread is free.
-template <class F>
-void run_tasks(int64_t count, int64_t threads, const F& task) {
-  if (count == 1 || threads == 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-  });
-}
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::Double: return kFloat64;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "block_sparse_linear: dtype must be float32, bfloat16, float16 or float64");
-  return kDtypes;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
-// A [..., cols] tensor as rows of unit stride.
-struct Rows {
-  Tensor tensor;
-  int64_t count, cols, stride;
-
-  explicit Rows(const Tensor& t) : tensor(t) {
-    STD_TORCH_CHECK(t.dim() >= 1, "block_sparse_linear: inputs must have at least one dimension");
-    cols = t.size(t.dim() - 1);
-    count = 1;
-    for (int64_t d = 0; d + 1 < t.dim(); ++d) count *= t.size(d);
-    if (t.dim() == 2 && t.stride(1) == 1) {
-      stride = t.stride(0);
-    } else {
-      if (!t.is_contiguous()) tensor = torch::stable::contiguous(t);
-      stride = cols;
-    }
-  }
-};
 
 // Indices of a pattern. Checked on every call: it is cheap, and no kernel can then leave its bounds.
 struct Pattern {
@@ -206,7 +133,7 @@ Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& 
                            std::optional<Tensor> residual, int64_t out_features,
                            int64_t activation) {
   check_weight(weight, x, col_indices);
-  const Rows in(x);
+  const Rows in(x, kOp);
   STD_TORCH_CHECK(in.cols > 0 && out_features > 0 && activation >= 0 && activation <= 4,
                   "block_sparse_linear: in_features and out_features must be positive and "
                   "activation a code from 0 to 4");
@@ -228,11 +155,11 @@ Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   if (residual) {
     STD_TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == x.scalar_type(),
                     "block_sparse_linear: residual must be [..., out_features] in x's dtype");
-    added.emplace(*residual);
+    added.emplace(*residual, kOp);
     p.residual = added->tensor.const_data_ptr();
     p.ldr = added->stride;
   }
-  run_product(p, cpu_kernels().block_sparse[dtype_of(x)]);
+  run_product(p, cpu_kernels().block_sparse[dtype_of(x, kOp)]);
   return y;
 }
 
@@ -240,7 +167,7 @@ Tensor block_sparse_linear_grad_input(const Tensor& grad, const Tensor& weight,
                                       const Tensor& crow_indices, const Tensor& col_indices,
                                       int64_t in_features) {
   check_weight(weight, grad, col_indices);
-  const Rows in(grad);
+  const Rows in(grad, kOp);
   STD_TORCH_CHECK(in.cols > 0 && in_features > 0,
                   "block_sparse_linear: in_features and out_features must be positive");
   const int64_t block_cols = ceil_div(in_features, weight.size(2));
@@ -270,14 +197,14 @@ Tensor block_sparse_linear_grad_input(const Tensor& grad, const Tensor& weight,
                   in.stride,                  0,           in_features, in.count,
                   in.cols,                    in_features, 0,           most,
                   transposed};
-  run_product(p, cpu_kernels().block_sparse[dtype_of(grad)]);
+  run_product(p, cpu_kernels().block_sparse[dtype_of(grad, kOp)]);
   return dx;
 }
 
 Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
                                        const Tensor& crow_indices, const Tensor& col_indices,
                                        int64_t block_out, int64_t block_in) {
-  const Rows g(grad), in(x);
+  const Rows g(grad, kOp), in(x, kOp);
   STD_TORCH_CHECK(g.cols > 0 && in.cols > 0 && g.count == in.count &&
                       grad.scalar_type() == x.scalar_type() && col_indices.dim() == 1,
                   "block_sparse_linear: grad [..., out_features] and x [..., in_features] must "
@@ -285,7 +212,7 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
   check_blocks(col_indices.size(0), block_out, block_in);
   const int64_t block_cols = ceil_div(in.cols, block_in);
   const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
-  const Dtype dtype = dtype_of(x);
+  const Dtype dtype = dtype_of(x, kOp);
   const ScalarType wide = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
   // The memory order of bsr.blocks_empty: outputs fastest where the forward kernel reads them so.
   const bool out_fastest = block_out % 16 == 0;

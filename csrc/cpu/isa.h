@@ -2,6 +2,7 @@
 // The kernels of each instruction set, and the one in use.
 #pragma once
 
+#include "add_layer_norm.h"
 #include "block_sparse_linear.h"
 
 namespace lean_kernels {
@@ -12,6 +13,7 @@ struct CpuKernels {
   const char* name;
   BlockSparseKernels block_sparse[kDtypes];
   double (*fma_peak)(int64_t iterations);  // returns the FLOP executed; the caller takes the time
+  AddLayerNormKernel add_layer_norm[kDtypes];
 };
 
 extern const CpuKernels kernels_generic;

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional ops. Each lives in a folder of its own, with its reference beside its kernels."""
 
+from lean_kernels.ops.add_layer_norm import add_layer_norm
 from lean_kernels.ops.block_sparse_linear import block_sparse_linear
 from lean_kernels.ops.ragged_attention import ragged_attention
 
-__all__ = ["block_sparse_linear", "ragged_attention"]
+__all__ = ["add_layer_norm", "block_sparse_linear", "ragged_attention"]

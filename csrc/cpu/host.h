@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU ops share outside their kernels: tensors as rows, tasks for torch's thread pool.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "isa.h"
+
+namespace lean_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// Memory a thread keeps from call to call, since fresh pages cost more than small calls.
+inline void* thread_scratch(size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    bytes = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, bytes);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = bytes;
+  }
+  return buffer.data;
+}
+
+// Runs task(i) for i in [0, count), each on whichever thread is free.
+template <class F>
+void run_tasks(int64_t count, int64_t threads, const F& task) {
+  if (count == 1 || threads == 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  });
+}
+
+inline Dtype dtype_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    case ScalarType::Double: return kFloat64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": dtype must be float32, bfloat16, float16 or float64");
+  return kDtypes;
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// A [..., cols] tensor as rows of unit stride.
+struct Rows {
+  Tensor tensor;
+  int64_t count, cols, stride;
+
+  Rows(const Tensor& t, const char* op) : tensor(t) {
+    STD_TORCH_CHECK(t.dim() >= 1, op, ": inputs must have at least one dimension");
+    cols = t.size(t.dim() - 1);
+    count = 1;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) count *= t.size(d);
+    if (t.dim() == 2 && t.stride(1) == 1) {
+      stride = t.stride(0);
+    } else {
+      tensor = as_contiguous(t);
+      stride = cols;
+    }
+  }
+};
+
+}  // namespace lean_kernels

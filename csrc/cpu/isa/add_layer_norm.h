@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// add_layer_norm of one instruction set: a row is read once, and stays in L1 until it is written.
+#pragma once
+
+#include "../add_layer_norm.h"
+#include "vec.h"
+
+namespace lean_kernels {
+namespace {
+
+template <class A>
+LK_INLINE A sum_lanes(const Vec<A> (&part)[4]) {
+  A lanes[kLanes<A>];
+  store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
+  for (int step = kLanes<A> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+// row = x (+ residual), widened; returns its sum.
+template <bool added, class S, class A>
+LK_INLINE A read_row(const S* x, const S* residual, A* row, int64_t features) {
+  constexpr int W = kLanes<A>;
+  Vec<A> part[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= features; i += 4 * W)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      Vec<A> v = load_wide(x + i + k * W);
+      if constexpr (added) v += load_wide(residual + i + k * W);
+      store(row + i + k * W, v);
+      part[k] += v;
+    }
+  for (; i + W <= features; i += W) {
+    Vec<A> v = load_wide(x + i);
+    if constexpr (added) v += load_wide(residual + i);
+    store(row + i, v);
+    part[0] += v;
+  }
+  A sum = sum_lanes<A>(part);
+  for (; i < features; ++i) {
+    A v = widen(x[i]);
+    if constexpr (added) v += widen(residual[i]);
+    row[i] = v;
+    sum += v;
+  }
+  return sum;
+}
+
+template <class A>
+LK_INLINE A squared_distance(const A* row, A mean, int64_t features) {
+  constexpr int W = kLanes<A>;
+  const Vec<A> center = splat(mean);
+  Vec<A> part[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= features; i += 4 * W)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const Vec<A> v = load(row + i + k * W) - center;
+      part[k] += v * v;
+    }
+  for (; i + W <= features; i += W) {
+    const Vec<A> v = load(row + i) - center;
+    part[0] += v * v;
+  }
+  A sum = sum_lanes<A>(part);
+  for (; i < features; ++i) sum += (row[i] - mean) * (row[i] - mean);
+  return sum;
+}
+
+template <class S>
+void add_layer_norm(const AddLayerNorm& p, int64_t begin, int64_t end, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>;
+  const int64_t features = p.features;
+  const A* weight = static_cast<const A*>(p.weight);
+  const A* bias = static_cast<const A*>(p.bias);
+  A* row = static_cast<A*>(scratch);
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t from = p.indices ? p.indices[r] : r;
+    const S* x = static_cast<const S*>(p.x) + from * p.ldx;
+    const S* residual = static_cast<const S*>(p.residual) + (p.residual ? from * p.ldr : 0);
+    const A sum = p.residual ? read_row<true>(x, residual, row, features)
+                             : read_row<false>(x, residual, row, features);
+    const A mean = sum / A(features);
+    const A variance = squared_distance(row, mean, features) / A(features);
+    const A scale = A(1) / std::sqrt(variance + A(p.eps));
+    S* y = static_cast<S*>(p.y) + r * features;
+    const Vec<A> centers = splat(mean), scales = splat(scale);
+    int64_t i = 0;
+    if (bias) {
+      for (; i + W <= features; i += W)
+        store_narrow(y + i, (load(row + i) - centers) * scales * load(weight + i) + load(bias + i));
+    } else {
+      for (; i + W <= features; i += W)
+        store_narrow(y + i, (load(row + i) - centers) * scales * load(weight + i));
+    }
+    for (; i < features; ++i)
+      narrow((row[i] - mean) * scale * weight[i] + (bias ? bias[i] : A(0)), y + i);
+  }
+}
+
+}  // namespace
+}  // namespace lean_kernels
