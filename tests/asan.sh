@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds csrc with the address and undefined-behaviour sanitizers in a copy of the tree and runs
-# the op tests and a fuzz of random and corrupted patterns through it. Any report is a failure.
+# the op tests and a fuzz of random and corrupted patterns through it, on every instruction set this
+# processor has. Any report is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
@@ -18,6 +19,15 @@ for library in libasan.so libubsan.so libstdc++.so; do
 done
 export LD_PRELOAD PYTHONPATH=$copy
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-python tests/fuzz_patterns.py --seconds "${FUZZ_SECONDS:-60}"
-python -m pytest -q -x -p no:cacheprovider tests/ops/test_block_sparse_linear_errors.py \
-  tests/ops/test_block_sparse_linear_gradients.py tests/ops/test_block_sparse_linear_properties.py
+for isa in generic avx2 avx512; do
+  export LEAN_KERNELS_CPU_ISA=$isa
+  python -c 'from lean_kernels import _extension; raise SystemExit(not _extension.cpu_isa())' ||
+    continue  # not on this processor
+  echo "instruction set $isa"
+  python tests/fuzz_patterns.py --seconds "${FUZZ_SECONDS:-60}"
+  # The sanitizers write to file descriptor 2, which pytest would keep to itself when they abort.
+  python -m pytest -q -x -p no:cacheprovider --capture=sys \
+    tests/ops/test_block_sparse_linear_errors.py \
+    tests/ops/test_block_sparse_linear_gradients.py \
+    tests/ops/test_block_sparse_linear_properties.py
+done

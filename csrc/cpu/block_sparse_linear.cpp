@@ -19,6 +19,7 @@ constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
 constexpr double kSerialFlop = 5e5;    // below this a second thread costs more than it brings
 // Larger weights are not real, and could overflow the sizes computed from them.
 constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
+constexpr int64_t kMostBlockColumns = 0x7fffffff;  // what int32 indices can name
 
 // Indices of a pattern. Checked on every call: it is cheap, and no kernel can then leave its bounds.
 struct Pattern {
@@ -171,6 +172,8 @@ Tensor block_sparse_linear_grad_input(const Tensor& grad, const Tensor& weight,
   STD_TORCH_CHECK(in.cols > 0 && in_features > 0,
                   "block_sparse_linear: in_features and out_features must be positive");
   const int64_t block_cols = ceil_div(in_features, weight.size(2));
+  STD_TORCH_CHECK(block_cols <= kMostBlockColumns, "block_sparse_linear: in_features must be at most ",
+                  kMostBlockColumns, " blocks of ", weight.size(2), ", got ", in_features);
   const Pattern pattern(crow_indices, col_indices, ceil_div(in.cols, weight.size(1)), block_cols);
 
   // The transposed pattern, by counting sort: entries of each block column in row order.

@@ -13,6 +13,10 @@
 
 #include "isa.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace lean_kernels {
 
 using torch::headeronly::ScalarType;
@@ -28,6 +32,7 @@ inline void* thread_scratch(size_t bytes) {
     ~Buffer() { std::free(data); }
   };
   thread_local Buffer buffer;
+  [[maybe_unused]] const size_t asked = bytes;
   if (buffer.size < bytes) {
     std::free(buffer.data);
     buffer.size = 0;
@@ -36,6 +41,10 @@ inline void* thread_scratch(size_t bytes) {
     if (!buffer.data) throw std::bad_alloc();
     buffer.size = bytes;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(buffer.data, asked);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(buffer.data) + asked, buffer.size - asked);
+#endif
   return buffer.data;
 }
 

@@ -203,7 +203,7 @@ def test_the_raw_forward_checks_what_it_reads(changed, message):
         ({1: torch.zeros(2, 16)}, "weight must be"),
         ({4: 0}, "must be positive"),
         ({4: 24}, r"col_indices must lie in \[0, 3\)"),
-        ({4: 2**63 - 1}, "bad_alloc|memory"),
+        ({4: 2**63 - 1}, "in_features must be at most 2147483647 blocks of 8"),
     ],
 )
 def test_the_raw_gradient_of_x_checks_what_it_reads(changed, message):
@@ -211,7 +211,7 @@ def test_the_raw_gradient_of_x_checks_what_it_reads(changed, message):
     assert ops.block_sparse_linear_grad_input(*given).shape == (3, 40)
     for at, value in changed.items():
         given[at] = value
-    with pytest.raises((RuntimeError, MemoryError), match=message):
+    with pytest.raises(RuntimeError, match=message):
         ops.block_sparse_linear_grad_input(*given)
 
 
