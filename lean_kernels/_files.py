@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output directories that appear whole or not at all."""
+"""Outputs that appear whole or not at all."""
 
 import os
 import shutil
@@ -27,6 +27,28 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
         )
     if not overwrite:
         raise FileExistsError(f"{path} exists; choose another directory, or --force to replace it")
+
+
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless `path` is free or a file that we may replace."""
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; name a file in it")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another file, or --force to replace it")
+
+
+def write_file(path: Path, content: bytes, overwrite: bool = False) -> None:
+    """Write a file whole or not at all, and never over another one unless told to.
+
+    Raises FileExistsError as `check_new_file` does.
+    """
+    check_new_file(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        fresh = Path(scratch, "new")
+        fresh.write_bytes(content)
+        check_new_file(path, overwrite)
+        os.replace(fresh, path)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -112,29 +111,6 @@ def test_command_without_matplotlib(model, tmp_path, monkeypatch):
     assert not (out / demo.PLOT).exists()
 
 
-def test_embeddings_do_not_depend_on_batching(model):
-    from transformers import AutoModel
-
-    bert = AutoModel.from_pretrained(model).eval()
-    tokenizer = demo.load_tokenizer(model)
-    together, alone = (
-        demo.embed(bert, demo.make_batches(tokenizer, TEXTS, size, 16, "cpu")) for size in (5, 1)
-    )
-    assert torch.allclose(together, alone, atol=1e-5)
-    assert torch.allclose(together.norm(dim=1), torch.ones(5))
-
-
-def test_spearman():
-    x = np.arange(50.0)
-    assert demo.spearman(x, np.exp(x / 10)) == pytest.approx(1)
-    assert demo.spearman(x, -x) == pytest.approx(-1)
-    # 1 - 6 sum d^2 / (n (n^2 - 1)) with ranks 1 3 2 4
-    assert demo.spearman(np.array([1, 2, 3, 4]), np.array([10, 30, 20, 40])) == pytest.approx(0.8)
-    # ties take the mean rank: ranks 1.5 1.5 3 against 1 2 3
-    expected = np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1]
-    assert demo.spearman(np.array([5, 5, 6]), np.array([1, 2, 3])) == pytest.approx(expected)
-
-
 def test_recipe_takes_only_repeated_layers(model):
     from transformers import AutoModel
 
@@ -149,11 +125,3 @@ def test_recipe_takes_only_repeated_layers(model):
     ]
     with pytest.raises(ValueError, match="no linear layers"):
         demo.encoder_recipe(torch.nn.Linear(4, 4), 0.5)
-
-
-def test_texts(tmp_path):
-    shipped = demo.read_texts()
-    assert len(shipped) >= 200 and len(set(shipped)) == len(shipped)
-    (tmp_path / "few.txt").write_text("one\n\n two \n")
-    with pytest.raises(ValueError, match="need at least 3 lines"):
-        demo.read_texts(tmp_path / "few.txt")

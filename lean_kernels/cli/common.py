@@ -76,7 +76,7 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 def model_path(model: str) -> str:
     """Resolve MODEL: the word minilm, a local directory, or else what may be a hub id."""
     if model == "minilm":
-        from lean_kernels.demo import minilm_path
+        from lean_kernels.evaluation import minilm_path
 
         return str(minilm_path())
     if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):

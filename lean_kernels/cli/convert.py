@@ -33,7 +33,7 @@ def convert(
     require_transformers()
 
     import lean_kernels as lk
-    from lean_kernels.demo import load_tokenizer
+    from lean_kernels.evaluation import load_tokenizer
     from lean_kernels.integrations.transformers import save
 
     rules = lk.Recipe.from_toml(recipe)

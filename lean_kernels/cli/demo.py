@@ -46,11 +46,12 @@ def demo(
     from lean_kernels import _extension
     from lean_kernels import demo as comparison
     from lean_kernels._files import check_replaceable
+    from lean_kernels.evaluation import read_texts
 
     check_replaceable(out, comparison.RESULTS, force)
     chosen = _densities(densities)
     path = model_path(model)
-    lines = comparison.read_texts(texts)
+    lines = read_texts(texts)
     require_transformers()
     from transformers.utils import logging
 
