@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs."""
 
+import importlib
+from collections.abc import Callable
 from enum import Enum
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lean_kernels import _extension
+
+_cpu_missing = _extension.load_cpu()  # here, since torch.compile cannot trace it
 
 
 class Impl(str, Enum):
@@ -25,3 +35,66 @@ def resolve(op: str, impl: "Impl | str | None", choices: tuple[Impl, ...]) -> "I
     if chosen not in choices:
         raise ValueError(f"{op}: unknown impl {impl!r}; expected one of {valid}") from None
     return chosen
+
+
+class Kernel:
+    """The raw op lean_kernels::<name>: schema, fake, reference and Triton launcher.
+
+    Compiled kernels register themselves for CPU when the extension loads.
+
+    Args:
+        reference: plain PyTorch, the same arguments; runs where nothing else is registered.
+        fake: the outputs' shapes and dtypes.
+        triton: "module:function" of the launcher; imported at its first call.
+    """
+
+    def __init__(
+        self, name: str, schema: str, *, reference: Callable, fake: Callable, triton: str
+    ) -> None:
+        def launch(*args):
+            module, _, function = triton.partition(":")
+            return getattr(importlib.import_module(module), function)(*args)
+
+        op = f"lean_kernels::{name}"
+        torch.library.define(op, schema)
+        torch.library.impl(op, "CompositeExplicitAutograd", reference)
+        torch.library.register_fake(op, fake)
+        if find_spec("triton") is not None:
+            torch.library.impl(op, "CUDA", launch)
+        self._reference = reference
+        self._triton = launch
+        self._best = getattr(torch.ops.lean_kernels, name).default
+
+    def of(self, impl: Impl | None, device: str) -> Callable:
+        """What to call for a resolved `impl` on a type of device."""
+        if impl is Impl.REFERENCE:
+            return self._reference
+        # On CUDA the registered op is the Triton kernel; torch.compile sees through that alone.
+        return self._triton if impl is Impl.TRITON and device == "cpu" else self._best
+
+
+def check_impl(op: str, impl: Impl | None, device: torch.device) -> None:
+    """Refuse an explicit implementation that cannot run here.
+
+    Raises:
+        ValueError: a CPU kernel for tensors elsewhere.
+        RuntimeError: it is not installed.
+    """
+    if impl is Impl.TRITON and find_spec("triton") is None:
+        raise RuntimeError(f"{op}: impl 'triton' needs Triton: pip install lean_kernels[triton]")
+    if impl is Impl.CPU:
+        if device.type != "cpu":
+            raise ValueError(f"{op}: impl 'cpu' needs CPU tensors, got {device}")
+        if _cpu_missing is not None:
+            raise RuntimeError(f"{op}: impl 'cpu' is not available: {_cpu_missing}")
+
+
+def check_devices(op: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors that are not on the device of the first."""
+    first, *others = tensors.items()
+    for label, tensor in others:
+        if tensor is not None and tensor.device != first[1].device:
+            raise ValueError(
+                f"{op}: {label} is on {tensor.device}, {first[0]} on {first[1].device}; "
+                "move them to one device"
+            )

@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """add_layer_norm: LayerNorm(x + residual), of all rows or of chosen ones, in one pass."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lean_kernels import _extension
 from lean_kernels._autocast import autocast
-from lean_kernels._dispatch import Impl, resolve
+from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops.add_layer_norm import reference
 
 NAME = "add_layer_norm"
 IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-torch.library.define(
-    "lean_kernels::add_layer_norm",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? indices, float eps)"
-    " -> Tensor",
-)
 
 
 def _check_bounds(indices: Tensor | None, rows: int) -> None:
@@ -40,29 +31,18 @@ def _reference_forward(x, residual, weight, bias, indices, eps):
     return reference.forward(x, residual, weight, bias, indices, eps)
 
 
-def _triton_forward(*args):
-    from lean_kernels.ops.add_layer_norm import triton
-
-    return triton.forward(*args)
-
-
 def _fake_forward(x, residual, weight, bias, indices, eps):
     return x.new_empty(x.shape if indices is None else (indices.shape[0], x.shape[1]))
 
 
-torch.library.impl("lean_kernels::add_layer_norm", "CompositeExplicitAutograd", _reference_forward)
-torch.library.register_fake("lean_kernels::add_layer_norm", _fake_forward)
-if find_spec("triton") is not None:
-    torch.library.impl("lean_kernels::add_layer_norm", "CUDA", _triton_forward)
-_best_forward = torch.ops.lean_kernels.add_layer_norm.default
-_cpu_missing = _extension.load_cpu()
-
-
-def _kernel(impl: Impl | None, device: str):
-    if impl is Impl.REFERENCE:
-        return _reference_forward
-    # On CUDA the registered op is the Triton kernel; torch.compile sees through that alone.
-    return _triton_forward if impl is Impl.TRITON and device == "cpu" else _best_forward
+_forward = Kernel(
+    "add_layer_norm",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? indices, float eps)"
+    " -> Tensor",
+    reference=_reference_forward,
+    fake=_fake_forward,
+    triton="lean_kernels.ops.add_layer_norm.triton:forward",
+)
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -70,7 +50,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, indices, eps, impl):
         ctx.save_for_backward(x, residual, weight, indices)
         ctx.eps = eps
-        return _kernel(impl, x.device.type)(x, residual, weight, bias, indices, eps)
+        return _forward.of(impl, x.device.type)(x, residual, weight, bias, indices, eps)
 
     @staticmethod
     @once_differentiable
@@ -115,21 +95,8 @@ def _check(x, residual, weight, bias, indices, impl) -> None:
             f"indices must be int64 [N] and x then [T, D], got indices {indices.dtype} "
             f"{list(indices.shape)}, x {list(x.shape)}"
         )
-    for label, tensor in (
-        ("residual", residual),
-        ("weight", weight),
-        ("bias", bias),
-        ("indices", indices),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            fail(f"{label} is on {tensor.device}, x on {x.device}; move them to one device")
-    if impl is Impl.TRITON and find_spec("triton") is None:
-        raise RuntimeError(f"{NAME}: impl 'triton' needs Triton: pip install lean_kernels[triton]")
-    if impl is Impl.CPU:
-        if x.device.type != "cpu":
-            fail(f"impl 'cpu' needs CPU tensors, got {x.device}")
-        if _cpu_missing is not None:
-            raise RuntimeError(f"{NAME}: impl 'cpu' is not available: {_cpu_missing}")
+    check_devices(NAME, x=x, residual=residual, weight=weight, bias=bias, indices=indices)
+    check_impl(NAME, impl, x.device)
 
 
 def add_layer_norm(
@@ -181,4 +148,4 @@ def add_layer_norm(
         or (bias is not None and bias.requires_grad)
     ):
         return _AddLayerNorm.apply(x, residual, weight, bias, indices, eps, chosen)
-    return _kernel(chosen, device)(x, residual, weight, bias, indices, eps)
+    return _forward.of(chosen, device)(x, residual, weight, bias, indices, eps)

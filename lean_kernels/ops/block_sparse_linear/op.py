@@ -1,37 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """block_sparse_linear: y = activation(x Wᵀ + bias) + residual over block-sparse (BSR) weights."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lean_kernels import _extension
 from lean_kernels._autocast import autocast
-from lean_kernels._dispatch import Impl, resolve
+from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops.block_sparse_linear import bsr, reference
 
 NAME = "block_sparse_linear"
 IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON)
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")  # the index is the code in the schema
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_INDICES = "Tensor weight, Tensor crow_indices, Tensor col_indices"
-torch.library.define(
-    "lean_kernels::block_sparse_linear",
-    f"(Tensor x, {_INDICES}, Tensor? bias, Tensor? residual, int out_features, int activation)"
-    " -> Tensor",
-)
-torch.library.define(
-    "lean_kernels::block_sparse_linear_grad_input",
-    f"(Tensor grad, {_INDICES}, int in_features) -> Tensor",
-)
-torch.library.define(
-    "lean_kernels::block_sparse_linear_grad_weight",
-    "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int block_out, int block_in)"
-    " -> Tensor",
-)
 
 
 def _check_bounds(crow, col, in_features, block_in) -> None:
@@ -57,56 +38,33 @@ def _reference_grad_weight(grad, x, crow, col, block_out, block_in):
     return reference.grad_weight(grad, x, crow, col, (block_out, block_in))
 
 
-def _triton(function: str):
-    def launch(*args):
-        from lean_kernels.ops.block_sparse_linear import triton
-
-        return getattr(triton, function)(*args)
-
-    return launch
-
-
-def _register(name: str, plain, fake, launch) -> "torch._ops.OpOverload":
-    op = f"lean_kernels::{name}"
-    torch.library.impl(op, "CompositeExplicitAutograd", plain)
-    torch.library.register_fake(op, fake)
-    if find_spec("triton") is not None:
-        torch.library.impl(op, "CUDA", launch)
-    return getattr(torch.ops.lean_kernels, name).default
-
-
-_triton_kernels = tuple(_triton(name) for name in ("forward", "grad_input", "grad_weight"))
-_reference_kernels = (_reference_forward, _reference_grad_input, _reference_grad_weight)
-_best_kernels = (
-    _register(
-        "block_sparse_linear",
-        _reference_forward,
-        lambda x, w, crow, col, b, r, n, a: x.new_empty(*x.shape[:-1], n),
-        _triton_kernels[0],
-    ),
-    _register(
-        "block_sparse_linear_grad_input",
-        _reference_grad_input,
-        lambda grad, w, crow, col, k: grad.new_empty(*grad.shape[:-1], k),
-        _triton_kernels[1],
-    ),
-    _register(
-        "block_sparse_linear_grad_weight",
-        _reference_grad_weight,
-        lambda grad, x, crow, col, bo, bi: bsr.blocks_empty(
-            col.shape[0], (bo, bi), dtype=x.dtype, device=x.device
-        ),
-        _triton_kernels[2],
-    ),
+_INDICES = "Tensor weight, Tensor crow_indices, Tensor col_indices"
+_TRITON = "lean_kernels.ops.block_sparse_linear.triton"
+_forward = Kernel(
+    "block_sparse_linear",
+    f"(Tensor x, {_INDICES}, Tensor? bias, Tensor? residual, int out_features, int activation)"
+    " -> Tensor",
+    reference=_reference_forward,
+    fake=lambda x, w, crow, col, b, r, n, a: x.new_empty(*x.shape[:-1], n),
+    triton=f"{_TRITON}:forward",
 )
-_cpu_missing = _extension.load_cpu()
-
-
-def _kernels(impl: Impl | None, device: str):
-    if impl is Impl.REFERENCE:
-        return _reference_kernels
-    # On CUDA the registered ops are the Triton kernels; torch.compile sees through those alone.
-    return _triton_kernels if impl is Impl.TRITON and device == "cpu" else _best_kernels
+_grad_input = Kernel(
+    "block_sparse_linear_grad_input",
+    f"(Tensor grad, {_INDICES}, int in_features) -> Tensor",
+    reference=_reference_grad_input,
+    fake=lambda grad, w, crow, col, k: grad.new_empty(*grad.shape[:-1], k),
+    triton=f"{_TRITON}:grad_input",
+)
+_grad_weight = Kernel(
+    "block_sparse_linear_grad_weight",
+    "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int block_out, int block_in)"
+    " -> Tensor",
+    reference=_reference_grad_weight,
+    fake=lambda grad, x, crow, col, bo, bi: bsr.blocks_empty(
+        col.shape[0], (bo, bi), dtype=x.dtype, device=x.device
+    ),
+    triton=f"{_TRITON}:grad_weight",
+)
 
 
 class _BlockSparseLinear(torch.autograd.Function):
@@ -114,14 +72,15 @@ class _BlockSparseLinear(torch.autograd.Function):
     def forward(ctx, x, weight, crow, col, bias, residual, out_features, impl):
         ctx.save_for_backward(x, weight, crow, col)
         ctx.impl = impl
-        kernel = _kernels(impl, x.device.type)[0]
+        kernel = _forward.of(impl, x.device.type)
         return kernel(x, weight, crow, col, bias, residual, out_features, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, crow, col = ctx.saved_tensors
-        _, grad_input, grad_weight = _kernels(ctx.impl, grad.device.type)
+        grad_input = _grad_input.of(ctx.impl, grad.device.type)
+        grad_weight = _grad_weight.of(ctx.impl, grad.device.type)
         need_x, need_weight, _, _, need_bias, need_residual = ctx.needs_input_grad[:6]
         dx = grad_input(grad, weight, crow, col, x.shape[-1]) if need_x else None
         dw = grad_weight(grad, x, crow, col, *weight.shape[1:]) if need_weight else None
@@ -161,7 +120,7 @@ def apply(
                 y = y + residual
         return y
     code = ACTIVATIONS.index(activation)
-    kernel = _kernels(impl, device)[0]
+    kernel = _forward.of(impl, device)
     return kernel(x, weight, crow_indices, col_indices, bias, residual, out_features, code)
 
 
@@ -201,22 +160,10 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
             )
     _check_added("bias", bias, (out_features,), x.dtype)
     _check_added("residual", residual, (*x.shape[:-1], out_features), x.dtype)
-    for label, tensor in (
-        ("weight", weight),
-        ("crow_indices", crow),
-        ("col_indices", col),
-        ("bias", bias),
-        ("residual", residual),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            fail(f"{label} is on {tensor.device}, x on {x.device}; move them to one device")
-    if impl is Impl.TRITON and find_spec("triton") is None:
-        raise RuntimeError(f"{NAME}: impl 'triton' needs Triton: pip install lean_kernels[triton]")
-    if impl is Impl.CPU:
-        if x.device.type != "cpu":
-            fail(f"impl 'cpu' needs CPU tensors, got {x.device}")
-        if _cpu_missing is not None:
-            raise RuntimeError(f"{NAME}: impl 'cpu' is not available: {_cpu_missing}")
+    check_devices(
+        NAME, x=x, weight=weight, crow_indices=crow, col_indices=col, bias=bias, residual=residual
+    )
+    check_impl(NAME, impl, x.device)
 
 
 def block_sparse_linear(

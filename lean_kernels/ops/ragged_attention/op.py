@@ -2,37 +2,19 @@
 """ragged_attention: attention over packed sequences, with the attention each key received."""
 
 import math
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lean_kernels import _extension
 from lean_kernels._autocast import autocast
-from lean_kernels._dispatch import Impl, resolve
+from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops.ragged_attention import reference
 
 NAME = "ragged_attention"
 IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEY_SCORES = (None, "sum", "mean")  # the index is the code in the schema
-
-# left and right: how many positions before and after its own a query sees; -1 sees all.
-_LAYOUT = (
-    "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? positions, Tensor? key_positions, "
-    "int max_seqlen, float scale, int left, int right, "
-    "int key_scores, bool per_head, bool exclude_diagonal"
-)
-torch.library.define(
-    "lean_kernels::ragged_attention",
-    f"(Tensor query, Tensor key, Tensor value, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "lean_kernels::ragged_attention_grad",
-    "(Tensor grad_out, Tensor? grad_scores, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
-)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -96,44 +78,33 @@ def _fake_grad(grad_out, grad_scores, query, key, value, *rest):
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
-def _triton(function: str):
-    def launch(*args):
-        from lean_kernels.ops.ragged_attention import triton
-
-        return getattr(triton, function)(*args)
-
-    return launch
-
-
-def _register(name: str, plain, fake, launch) -> "torch._ops.OpOverload":
-    op = f"lean_kernels::{name}"
-    torch.library.impl(op, "CompositeExplicitAutograd", plain)
-    torch.library.register_fake(op, fake)
-    if find_spec("triton") is not None:
-        torch.library.impl(op, "CUDA", launch)
-    return getattr(torch.ops.lean_kernels, name).default
-
-
-_triton_kernels = (_triton("forward"), _triton("grad"))
-_reference_kernels = (_reference_forward, _reference_grad)
-_best_kernels = (
-    _register("ragged_attention", _reference_forward, _fake_forward, _triton_kernels[0]),
-    _register("ragged_attention_grad", _reference_grad, _fake_grad, _triton_kernels[1]),
+# left and right: how many positions before and after its own a query sees; -1 sees all.
+_LAYOUT = (
+    "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? positions, Tensor? key_positions, "
+    "int max_seqlen, float scale, int left, int right, "
+    "int key_scores, bool per_head, bool exclude_diagonal"
 )
-_cpu_missing = _extension.load_cpu()
-
-
-def _kernels(impl: Impl | None, device: str):
-    if impl is Impl.REFERENCE:
-        return _reference_kernels
-    # On CUDA the registered ops are the Triton kernels; torch.compile sees through those alone.
-    return _triton_kernels if impl is Impl.TRITON and device == "cpu" else _best_kernels
+_forward = Kernel(
+    "ragged_attention",
+    f"(Tensor query, Tensor key, Tensor value, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_forward,
+    fake=_fake_forward,
+    triton="lean_kernels.ops.ragged_attention.triton:forward",
+)
+_grad = Kernel(
+    "ragged_attention_grad",
+    "(Tensor grad_out, Tensor? grad_scores, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_grad,
+    fake=_fake_grad,
+    triton="lean_kernels.ops.ragged_attention.triton:grad",
+)
 
 
 class _RaggedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, impl):
-        out, lse, scores = _kernels(impl, query.device.type)[0](query, key, value, *layout)
+        out, lse, scores = _forward.of(impl, query.device.type)(query, key, value, *layout)
         tensors = layout[:4]
         ctx.save_for_backward(query, key, value, out, lse, *tensors)
         ctx.numbers, ctx.impl, ctx.scored = layout[4:], impl, layout[-3] > 0
@@ -145,7 +116,7 @@ class _RaggedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_scores):
         query, key, value, out, lse, *tensors = ctx.saved_tensors
-        grad = _kernels(ctx.impl, query.device.type)[1]
+        grad = _grad.of(ctx.impl, query.device.type)
         dq, dk, dv = grad(
             grad_out, grad_scores if ctx.scored else None, query, key, value, out, lse,
             *tensors, *ctx.numbers,
@@ -191,23 +162,17 @@ def _check(query, key, value, cu, cu_k, positions, key_positions, impl) -> None:
         fail("cu_seqlens must be int32 [B + 1], got no elements")
     if (key_positions is not None) != (positions is not None and cu_k is not None):
         fail("key_positions goes with positions and cu_seqlens_k, and only with both")
-    for label, tensor in (
-        ("key", key),
-        ("value", value),
-        ("cu_seqlens", cu),
-        ("cu_seqlens_k", cu_k),
-        ("positions", positions),
-        ("key_positions", key_positions),
-    ):
-        if tensor is not None and tensor.device != query.device:
-            fail(f"{label} is on {tensor.device}, query on {query.device}; move them to one device")
-    if impl is Impl.TRITON and find_spec("triton") is None:
-        raise RuntimeError(f"{NAME}: impl 'triton' needs Triton: pip install lean_kernels[triton]")
-    if impl is Impl.CPU:
-        if query.device.type != "cpu":
-            fail(f"impl 'cpu' needs CPU tensors, got {query.device}")
-        if _cpu_missing is not None:
-            raise RuntimeError(f"{NAME}: impl 'cpu' is not available: {_cpu_missing}")
+    check_devices(
+        NAME,
+        query=query,
+        key=key,
+        value=value,
+        cu_seqlens=cu,
+        cu_seqlens_k=cu_k,
+        positions=positions,
+        key_positions=key_positions,
+    )
+    check_impl(NAME, impl, query.device)
 
 
 def ragged_attention(
@@ -289,5 +254,5 @@ def ragged_attention(
     ):
         out, scores = _RaggedAttention.apply(query, key, value, layout, chosen)
     else:
-        out, _, scores = _kernels(chosen, query.device.type)[0](query, key, value, *layout)
+        out, _, scores = _forward.of(chosen, query.device.type)(query, key, value, *layout)
     return out if key_scores is None else (out, scores)
