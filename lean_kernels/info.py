@@ -89,6 +89,8 @@ def _backend(name: str) -> str:
 def _ops() -> dict[str, dict[str, str]]:
     found = {}
     for module in iter_modules(import_module("lean_kernels.ops").__path__):
+        if not module.ispkg:
+            continue
         op = import_module(f"lean_kernels.ops.{module.name}.op")
         found[op.NAME] = {impl.value: _guard(_backend, impl.value) for impl in op.IMPLS}
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lean_kernels import info
+from lean_kernels import info, ops
 from lean_kernels.cli import app
 
 transformers = pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def test_module_entry_point():
 def test_info_names_every_backend():
     result = run("info")
     assert result.exit_code == 0
-    for word in ("torch", "GPU", "block_sparse_linear", "reference", "cpu", "triton"):
+    for word in ("torch", "GPU", *ops.__all__, "reference", "cpu", "triton"):
         assert word in result.stdout
 
 
