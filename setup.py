@@ -20,6 +20,7 @@ COMMON = [
     "csrc/cpu/isa.cpp",
     "csrc/cpu/add_layer_norm.cpp",
     "csrc/cpu/block_sparse_linear.cpp",
+    "csrc/cpu/ragged_attention.cpp",
     "csrc/cpu/isa/generic.cpp",
 ]
 X86 = {

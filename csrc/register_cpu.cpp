@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <optional>
+#include <tuple>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +16,13 @@ Tensor block_sparse_linear_grad_input(const Tensor&, const Tensor&, const Tensor
                                       int64_t);
 Tensor block_sparse_linear_grad_weight(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                        int64_t, int64_t);
+using Tensors = std::tuple<Tensor, Tensor, Tensor>;
+using Maybe = std::optional<Tensor>;
+Tensors ragged_attention(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe,
+                         Maybe, int64_t, double, int64_t, int64_t, int64_t, bool, bool);
+Tensors ragged_attention_grad(const Tensor&, Maybe, const Tensor&, const Tensor&, const Tensor&,
+                              const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe, Maybe,
+                              int64_t, double, int64_t, int64_t, int64_t, bool, bool);
 }  // namespace lean_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
@@ -23,4 +31,6 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("block_sparse_linear_grad_input", TORCH_BOX(&lean_kernels::block_sparse_linear_grad_input));
   m.impl("block_sparse_linear_grad_weight",
          TORCH_BOX(&lean_kernels::block_sparse_linear_grad_weight));
+  m.impl("ragged_attention", TORCH_BOX(&lean_kernels::ragged_attention));
+  m.impl("ragged_attention_grad", TORCH_BOX(&lean_kernels::ragged_attention_grad));
 }

@@ -4,6 +4,7 @@
 
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
+#include "ragged_attention.h"
 
 namespace lean_kernels {
 
@@ -14,6 +15,7 @@ struct CpuKernels {
   BlockSparseKernels block_sparse[kDtypes];
   double (*fma_peak)(int64_t iterations);  // returns the FLOP executed; the caller takes the time
   AddLayerNormKernel add_layer_norm[kDtypes];
+  AttentionKernels attention[kDtypes];
 };
 
 extern const CpuKernels kernels_generic;

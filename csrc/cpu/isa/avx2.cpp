@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
+#include "ragged_attention.h"
 
 #include "../isa.h"
 
@@ -11,5 +12,7 @@ const CpuKernels kernels_avx2 = {
      block_sparse_kernels<Float16>(), block_sparse_kernels<double>()},
     fma_peak,
     {add_layer_norm<float>, add_layer_norm<BFloat16>, add_layer_norm<Float16>,
-     add_layer_norm<double>}};
+     add_layer_norm<double>},
+    {attention_kernels<float>(), attention_kernels<BFloat16>(), attention_kernels<Float16>(),
+     attention_kernels<double>()}};
 }  // namespace lean_kernels
