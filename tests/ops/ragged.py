@@ -52,9 +52,9 @@ class Problem:
     def run_with_gradients(self, impl=None) -> tuple[Tensor, ...]:
         """Results, then the gradients of query, key and value for random upstream gradients."""
         leaves = [t.detach().clone().requires_grad_() for t in (self.query, self.key, self.value)]
-        results = replace(
-            self, query=leaves[0] * 1, key=leaves[1] * 1, value=leaves[2] * 1
-        ).run(impl)
+        results = replace(self, query=leaves[0] * 1, key=leaves[1] * 1, value=leaves[2] * 1).run(
+            impl
+        )
         generator = torch.Generator().manual_seed(1)
         upstream = [
             torch.randn(r.shape, generator=generator).bfloat16().to(r.dtype) for r in results

@@ -72,7 +72,7 @@ def test_expanded_and_missing_upstream_gradients(impl):
 
 def test_keys_nobody_sees_get_zeros(impl):
     p = problem([2], heads=2, key_lengths=[6], window=(1, 0), key_scores="sum")
-    out, scores, dq, dk, dv = p.run_with_gradients(impl)
+    _, scores, _, dk, dv = p.run_with_gradients(impl)
     assert not dk[:3].any() and not dv[:3].any() and not scores[:3].any()
     assert dv[3:].all() and scores[3:].all()
 
