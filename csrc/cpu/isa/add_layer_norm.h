@@ -2,11 +2,15 @@
 // add_layer_norm of one instruction set: a row is read once, and stays in L1 until it is written.
 #pragma once
 
+#include <algorithm>
+
 #include "../add_layer_norm.h"
 #include "vec.h"
 
 namespace lean_kernels {
 namespace {
+
+constexpr int kLine = 64;  // bytes
 
 template <class A>
 LK_INLINE A sum_lanes(const Vec<A> (&part)[4]) {
@@ -47,18 +51,26 @@ LK_INLINE A read_row(const S* x, const S* residual, A* row, int64_t features) {
   return sum;
 }
 
-template <class A>
-LK_INLINE A squared_distance(const A* row, A mean, int64_t features) {
+// Meanwhile fetches the row after this one from `next` and `next_residual`, which no processor
+// foresees where rows are chosen, nor across the end of a page.
+template <class S, class A>
+LK_INLINE A squared_distance(const A* row, A mean, int64_t features, const S* next,
+                             const S* next_residual) {
   constexpr int W = kLanes<A>;
   const Vec<A> center = splat(mean);
   Vec<A> part[4] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= features; i += 4 * W)
+  for (; i + 4 * W <= features; i += 4 * W) {
+    for (int k = 0; k < 4 * W; k += kLine / int(sizeof(S))) {
+      __builtin_prefetch(next + i + k);
+      __builtin_prefetch(next_residual + i + k);
+    }
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       const Vec<A> v = load(row + i + k * W) - center;
       part[k] += v * v;
     }
+  }
   for (; i + W <= features; i += W) {
     const Vec<A> v = load(row + i) - center;
     part[0] += v * v;
@@ -76,14 +88,17 @@ void add_layer_norm(const AddLayerNorm& p, int64_t begin, int64_t end, void* scr
   const A* weight = static_cast<const A*>(p.weight);
   const A* bias = static_cast<const A*>(p.bias);
   A* row = static_cast<A*>(scratch);
+  const auto source = [&](int64_t r) { return p.indices ? p.indices[r] : r; };
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t from = p.indices ? p.indices[r] : r;
+    const int64_t from = source(r), after = source(std::min(r + 1, end - 1));
     const S* x = static_cast<const S*>(p.x) + from * p.ldx;
     const S* residual = static_cast<const S*>(p.residual) + (p.residual ? from * p.ldr : 0);
+    const S* next = static_cast<const S*>(p.x) + after * p.ldx;
+    const S* next_residual = p.residual ? static_cast<const S*>(p.residual) + after * p.ldr : next;
     const A sum = p.residual ? read_row<true>(x, residual, row, features)
                              : read_row<false>(x, residual, row, features);
     const A mean = sum / A(features);
-    const A variance = squared_distance(row, mean, features) / A(features);
+    const A variance = squared_distance(row, mean, features, next, next_residual) / A(features);
     const A scale = A(1) / std::sqrt(variance + A(p.eps));
     S* y = static_cast<S*>(p.y) + r * features;
     const Vec<A> centers = splat(mean), scales = splat(scale);

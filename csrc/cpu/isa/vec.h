@@ -154,9 +154,33 @@ LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
   if constexpr (sizeof(S) == sizeof(A)) {
     store(reinterpret_cast<A*>(p), v);
   } else {
+    if constexpr (__is_same(S, BFloat16)) {  // as narrow() does
+      const Vec<uint32_t> bits = (Vec<uint32_t>)v, high = bits >> 16;
+      const Vec<uint32_t> nan = (Vec<uint32_t>)(v != v);
+      const Vec<uint32_t> half = (((bits + 0x7fff + (high & 1)) >> 16) & ~nan) | ((high | 0x40) & nan);
+#if defined(__AVX512F__)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)half));
+#elif defined(__AVX2__)
+      const __m256i lanes = (__m256i)half;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                       _mm_packus_epi32(_mm256_castsi256_si128(lanes),
+                                        _mm256_extracti128_si256(lanes, 1)));
+#else
+      for (int i = 0; i < kLanes<A>; ++i) p[i].bits = uint16_t(half[i]);
+#endif
+      return;
+    }
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
     A lanes[kLanes<A>];
     store(lanes, v);
     for (int i = 0; i < kLanes<A>; ++i) narrow(lanes[i], p + i);
+#endif
   }
 }
 
