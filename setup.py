@@ -22,6 +22,7 @@ COMMON = [
     "csrc/cpu/block_sparse_linear.cpp",
     "csrc/cpu/ragged_attention.cpp",
     "csrc/cpu/isa/generic.cpp",
+    "csrc/cpu/token_selection.cpp",
 ]
 X86 = {
     "csrc/cpu/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

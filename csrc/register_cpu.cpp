@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,6 +24,12 @@ Tensors ragged_attention(const Tensor&, const Tensor&, const Tensor&, const Tens
 Tensors ragged_attention_grad(const Tensor&, Maybe, const Tensor&, const Tensor&, const Tensor&,
                               const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe, Maybe,
                               int64_t, double, int64_t, int64_t, int64_t, bool, bool);
+std::vector<Tensor> gather_tokens(const std::vector<Tensor>&, const Tensor&);
+Tensor scatter_tokens(const Tensor&, const Tensor&, int64_t);
+void scatter_tokens_into(const Tensor&, const Tensor&, const Tensor&);
+std::tuple<Tensor, Tensor, std::vector<Tensor>> select_tokens(
+    const Tensor&, const Tensor&, std::optional<Tensor>, std::optional<Tensor>, double, int64_t,
+    std::optional<int64_t>, const std::vector<Tensor>&);
 }  // namespace lean_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
@@ -33,4 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
          TORCH_BOX(&lean_kernels::block_sparse_linear_grad_weight));
   m.impl("ragged_attention", TORCH_BOX(&lean_kernels::ragged_attention));
   m.impl("ragged_attention_grad", TORCH_BOX(&lean_kernels::ragged_attention_grad));
+  m.impl("gather_tokens", TORCH_BOX(&lean_kernels::gather_tokens));
+  m.impl("scatter_tokens", TORCH_BOX(&lean_kernels::scatter_tokens));
+  m.impl("scatter_tokens_into", TORCH_BOX(&lean_kernels::scatter_tokens_into));
+  m.impl("select_tokens", TORCH_BOX(&lean_kernels::select_tokens));
 }

@@ -5,6 +5,7 @@
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
 #include "ragged_attention.h"
+#include "token_selection.h"
 
 namespace lean_kernels {
 
@@ -16,6 +17,7 @@ struct CpuKernels {
   double (*fma_peak)(int64_t iterations);  // returns the FLOP executed; the caller takes the time
   AddLayerNormKernel add_layer_norm[kDtypes];
   AttentionKernels attention[kDtypes];
+  SelectionKernels selection[2];  // of float32 and float64 scores
 };
 
 extern const CpuKernels kernels_generic;

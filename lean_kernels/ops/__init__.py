@@ -4,5 +4,21 @@
 from lean_kernels.ops.add_layer_norm import add_layer_norm
 from lean_kernels.ops.block_sparse_linear import block_sparse_linear
 from lean_kernels.ops.ragged_attention import ragged_attention
+from lean_kernels.ops.token_selection import (
+    Threshold,
+    compact_tokens,
+    gather_tokens,
+    scatter_tokens,
+    select_tokens,
+)
 
-__all__ = ["add_layer_norm", "block_sparse_linear", "ragged_attention"]
+__all__ = [
+    "Threshold",
+    "add_layer_norm",
+    "block_sparse_linear",
+    "compact_tokens",
+    "gather_tokens",
+    "ragged_attention",
+    "scatter_tokens",
+    "select_tokens",
+]

@@ -2,6 +2,7 @@
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
 #include "ragged_attention.h"
+#include "token_selection.h"
 
 #include "../isa.h"
 
@@ -14,5 +15,6 @@ const CpuKernels kernels_avx2 = {
     {add_layer_norm<float>, add_layer_norm<BFloat16>, add_layer_norm<Float16>,
      add_layer_norm<double>},
     {attention_kernels<float>(), attention_kernels<BFloat16>(), attention_kernels<Float16>(),
-     attention_kernels<double>()}};
+     attention_kernels<double>()},
+    {selection_kernels<float>(), selection_kernels<double>()}};
 }  // namespace lean_kernels
