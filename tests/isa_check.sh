@@ -19,6 +19,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 common="-std=c++20 -O3 -fPIC -Wall -Wno-psabi"
 ${CXX:-g++} $common $flags -c "csrc/cpu/isa/$isa.cpp" -o "$work/kernels.o"
-${CXX:-g++} $common -DTABLE="kernels_$isa" tests/isa_check.cpp "$work/kernels.o" -static \
-  -o "${binary:-$work/isa_check}"
+${CXX:-g++} $common $flags -c tests/isa_check_narrow.cpp -o "$work/narrow.o"
+${CXX:-g++} $common -DTABLE="kernels_$isa" tests/isa_check.cpp "$work/kernels.o" "$work/narrow.o" \
+  -static -o "${binary:-$work/isa_check}"
 [ -n "$binary" ] || "$work/isa_check"

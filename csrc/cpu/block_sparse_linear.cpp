@@ -121,10 +121,21 @@ void run_product(const Product& p, const BlockSparseKernels& kernels) {
   });
 }
 
+// [..., features] like x [..., cols], contiguous. Not stable::new_empty, which finds the operator by
+// its name on each call.
 Tensor output_like(const Tensor& x, int64_t features) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
   sizes.back() = features;
-  return torch::stable::new_empty(x, sizes);
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1))
+    strides[d] = stride;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 headers, GCC bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -153,6 +154,22 @@ LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
   using A = typename Accumulator<S>::type;
   if constexpr (sizeof(S) == sizeof(A)) {
     store(reinterpret_cast<A*>(p), v);
+  } else if constexpr (__is_same(S, BFloat16)) {
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Bits kept = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded;
+    const Halves halves = __builtin_convertvector(kept, Halves);
+    memcpy(p, &halves, sizeof(halves));
+#if defined(__AVX512F__)
+  } else if constexpr (__is_same(S, Float16)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  } else if constexpr (__is_same(S, Float16)) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
   } else {
     if constexpr (__is_same(S, BFloat16)) {  // as narrow() does
       const Vec<uint32_t> bits = (Vec<uint32_t>)v, high = bits >> 16;

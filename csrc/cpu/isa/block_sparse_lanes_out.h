@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with lanes along outputs: block_out is a multiple of the vector.
+#pragma once
+
+#include "block_sparse_parts.h"
+
+namespace lean_kernels {
+namespace {
+
+// One group's entries, as the tiles read them.
+template <class A>
+struct Entries {
+  const int32_t* index;
+  const int32_t* position;  // null: weights lie in entry order
+  int64_t count;
+  const A* w;  // [entry][block_in][...], outputs contiguous
+  int64_t w_block, w_in;
+  int64_t block_in, inputs;
+  bool first_use;  // of these weights: they may be far away
+};
+
+// Inputs one chain of float32 sums runs over before it is added to the total: rounding errors of
+// a chain grow with its length.
+constexpr int64_t kChainInputs = 1024;
+
+// out [R, V vectors] = init + sum over entries of x [R, block_in] w [block_in, V vectors].
+// x: panel [input block][R][block_in].
+template <class A, int R, int V, int kBlockIn>
+void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out, int64_t ldo) {
+  constexpr int W = kLanes<A>;
+  const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
+  const int64_t w_in = e.w_in;
+  const int64_t chain = kChainInputs > block_in ? kChainInputs / block_in : 1;
+  // Ask early for what no hardware prefetcher foresees: weights on the next pages (on their first
+  // use), inputs of the next block or, at the end, of the next panel.
+  int64_t i = 0;
+  do {
+    Vec<A> acc[R][V];
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = i ? splat(A(0)) : init[v];
+    const bool first = i == 0;
+    const int64_t stop = min_of(i + chain, e.count);
+    for (; i < stop; ++i) {
+      const A* xb = x + e.index[i] * (R * block_in);
+      const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+      if constexpr (kBlockIn != 1) {
+        const A* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
+                                        : x + R * e.inputs + e.index[0] * (R * block_in);
+        for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(A)) __builtin_prefetch(next + k);
+        if (e.first_use)
+          for (int64_t k = 0; k < block_in; ++k)
+            __builtin_prefetch(wb + 2 * e.w_block + k * e.w_in);
+      }
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < block_in; ++k) {
+        const A* wk = wb + k * w_in;
+        Vec<A> w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = load(wk + v * W);
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+          A xs = xb[r * block_in + k];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) acc[r][v] += w[v] * xs;
+        }
+      }
+    }
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        A* to = out + r * ldo + v * W;
+        store(to, first ? acc[r][v] : acc[r][v] + load(to));
+      }
+  } while (i < e.count);
+}
+
+template <class A>
+using TileLanesOut = void (*)(const Entries<A>&, const A*, const Vec<A>*, A*, int64_t);
+
+template <class A, int V, int kBlockIn, int R>
+TileLanesOut<A> tile_of_height(int64_t rows) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    return rows == R ? tile_lanes_out<A, R, V, kBlockIn>
+                     : tile_of_height<A, V, kBlockIn, R - 1>(rows);
+  }
+}
+template <class A, int V, int R>
+TileLanesOut<A> tile_for(int64_t rows, int64_t block_in) {
+  switch (block_in) {
+    case 1: return tile_of_height<A, V, 1, R>(rows);
+    case 16: return tile_of_height<A, V, 16, R>(rows);
+    case 32: return tile_of_height<A, V, 32, R>(rows);
+    case 64: return tile_of_height<A, V, 64, R>(rows);
+    default: return tile_of_height<A, V, 0, R>(rows);
+  }
+}
+
+template <class S>
+bool packs_blocks(const Product& p) {
+  return sizeof(S) != sizeof(typename Accumulator<S>::type) || p.w.out_stride != 1;
+}
+
+// Elements of scratch: panels of x, and a group's packed weights.
+template <class S>
+int64_t lanes_out_scratch(const Product& p, int64_t rows) {
+  const int64_t weights = p.max_entries * p.w.block_in * p.w.block_out;
+  return rows * padded_inputs(p) + (packs_blocks<S>(p) ? weights : 0);
+}
+
+template <class S, int V, int kMaxRows>
+void product_lanes_out(const Product& p, const Range& t, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>, kStrip = V * W;
+  constexpr int kThin = 3;  // panels this thin take wider strips: more chains in flight
+  const BlockMatrix& w = p.w;
+  const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
+  const Panels panels(rows, kMaxRows);
+  const bool packs = packs_blocks<S>(p);
+  A* xs = static_cast<A*>(scratch);
+  A* packed = xs + rows * inputs;
+  const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
+  for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+    const int64_t height = panels.height + (i < panels.taller);
+    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, xs + at * inputs, height);
+    at += height;
+  }
+  const bool thin = rows <= kThin && w.block_out % (4 * W) == 0;
+  const int64_t strip = thin ? 4 * W : kStrip;
+  const auto tile_of = [&](int64_t height) {
+    return thin ? tile_for<A, 4, kThin>(height, w.block_in)
+                : tile_for<A, V, kMaxRows>(height, w.block_in);
+  };
+  const TileLanesOut<A> run_taller = tile_of(panels.height + 1), run_rest = tile_of(panels.height);
+  A tile[kMaxRows * kStrip > kThin * 4 * W ? kMaxRows * kStrip : kThin * 4 * W];
+
+  for (int64_t g = t.group_begin; g < t.group_end; ++g) {
+    const int64_t begin = w.ptr[g], end = w.ptr[g + 1];
+    Entries<A> e{w.index + begin, nullptr, end - begin, packed, w.block_in * strip,
+                 strip, w.block_in, inputs, false};
+    const int64_t next_strip = packs ? e.count * e.w_block : strip;
+    if (packs) {
+      pack_blocks<S>(w, begin, end, strip, packed);
+    } else {
+      e.position = w.position ? w.position + begin : nullptr;
+      e.w = static_cast<const A*>(w.values) + (w.position ? 0 : begin * w.block_stride);
+      e.w_block = w.block_stride;
+      e.w_in = w.in_stride;
+    }
+    for (int64_t o = 0; o < w.block_out; o += strip, e.w += next_strip) {
+      const int64_t out = g * w.block_out + o, cols = min_of(strip, p.out_features - out);
+      if (cols <= 0) break;
+      A bias[4 * W > kStrip ? 4 * W : kStrip] = {};
+      if (p.bias)
+        for (int64_t c = 0; c < cols; ++c) bias[c] = widen(static_cast<const S*>(p.bias)[out + c]);
+      Vec<A> init[4];
+      for (int v = 0; v < strip / W; ++v) init[v] = load(bias + v * W);
+      const bool direct = sizeof(S) == sizeof(A) && cols == strip && !p.activation && !p.residual;
+      for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+        const bool taller = i < panels.taller;
+        const int64_t height = panels.height + taller, row = t.row_begin + at;
+        const TileLanesOut<A> run = taller ? run_taller : run_rest;
+        const A* panel = xs + at * inputs;
+        S* y = static_cast<S*>(p.y) + row * p.ldy + out;
+        e.first_use = i == 0 && !packs;
+        at += height;
+        // The next tile's output lines: the panel below, or the first one of the next strip.
+        const S* ahead =
+            i + 1 < panels.count ? y + height * p.ldy : y + strip - (at - height) * p.ldy;
+        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(ahead + r * p.ldy, 1);
+        if (direct) {
+          run(e, panel, init, reinterpret_cast<A*>(y), p.ldy);
+          continue;
+        }
+        const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.ldr + out
+                                       : nullptr;
+        if (residual)
+          for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
+        run(e, panel, init, tile, strip);
+        finish(p.activation, tile, strip, int(height), cols, residual, p.ldr, y, p.ldy);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lean_kernels
