@@ -5,10 +5,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -138,43 +136,7 @@ def _run(definition, suite, configs, impl, device, budget, console) -> dict:
     }
 
 
-def _command(
-    case: Annotated[str, typer.Argument(help=f"One of {', '.join(registry.CASES)}.")],
-    suite: Annotated[str | None, typer.Option(help="quick, full, numbers, ...")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The quick suite.")] = False,
-    impl: Annotated[str | None, typer.Option(help="Implementation of the op.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Intra-op threads.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds per configuration.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Filter, field=value[,value].")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
-    break_even: Annotated[Path | None, typer.Option(help="Write densities here.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Write under bench/results.")] = False,
-) -> None:
-    """Check every competitor against float64, then time them side by side."""
-    try:
-        code = main(
-            case,
-            suite=suite,
-            quick=quick,
-            impl=impl,
-            device=device,
-            threads=threads,
-            budget=budget,
-            only=only or (),
-            json_out=json,
-            markdown_out=markdown,
-            plot_out=plot,
-            break_even_out=break_even,
-            save=save,
-        )
-    except (ValueError, ImportError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    raise typer.Exit(code)
-
-
 if __name__ == "__main__":
-    typer.run(_command)
+    from lean_kernels.cli import app
+
+    app(["bench", *sys.argv[1:]], prog_name="lean-kernels")

@@ -17,10 +17,12 @@ def bench(
     impl: Annotated[str | None, typer.Option(help="Time this implementation of the op.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; default as torch has.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds per configuration.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Filter, field=value[,value].")] = None,
     json: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    break_even: Annotated[Path | None, typer.Option(help="Write densities here.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Write under bench/results.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -46,10 +48,12 @@ def bench(
         impl=impl,
         device=device,
         threads=threads,
+        budget=budget,
         only=only or (),
         json_out=json,
         markdown_out=markdown,
         plot_out=plot,
+        break_even_out=break_even,
         save=save,
     )
     raise typer.Exit(code)
