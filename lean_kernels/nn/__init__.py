@@ -2,5 +2,6 @@
 """Drop-in layers."""
 
 from lean_kernels.nn.block_sparse_linear import BlockSparseLinear
+from lean_kernels.nn.lean_encoder import LeanEncoder
 
-__all__ = ["BlockSparseLinear"]
+__all__ = ["BlockSparseLinear", "LeanEncoder"]
