@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a dense model lean, in place, as a recipe says; and dense again."""
+"""Make a model lean, in place, as a recipe says; and dense again."""
 
 import difflib
 import fnmatch
@@ -12,7 +12,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from lean_kernels.architectures import activation_after, activation_function, activation_module
+from lean_kernels.architectures import (
+    activation_after,
+    activation_function,
+    activation_module,
+    find_encoders,
+)
+from lean_kernels.encoders import attach_exits, check_rules, install, remove
 from lean_kernels.nn import BlockSparseLinear
 from lean_kernels.nn.block_sparse_linear import dense_weight, magnitude_mask
 from lean_kernels.ops.block_sparse_linear import bsr
@@ -40,7 +46,7 @@ def convert(
     *,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> nn.Module:
-    """Replace linear layers by block-sparse ones, in place, and return the model.
+    """Replace linear layers by block-sparse ones and encoders by lean ones, in place.
 
     Layers go one by one, each dense weight freed before the next. `model.lean_report()` then lists
     what was replaced and what was left dense, and why: a layer whose kept density is above the
@@ -48,20 +54,32 @@ def convert(
     another module shares, such as an output embedding tied to the input embedding. Modules that
     share one layer go on sharing it.
 
+    With `[tokens]` or `[exits]` the model's encoder becomes an `nn.LeanEncoder`. Exit heads start
+    as copies of the model's own head, and need training. Where the encoder is lean already, it
+    takes the rules that the recipe has and keeps the others.
+
     Args:
-        model: any nn.Module; nn.Linear and transformers' Conv1D can be replaced.
+        model: any nn.Module; nn.Linear and transformers' Conv1D can be replaced, and the encoders
+            of the transformers models in `lean_kernels.architectures`.
         recipe: a Recipe, the same as a dict, or the path of a TOML file.
         progress: called as progress(done, total, name) before each layer and once at the end.
 
+    Returns:
+        The model.
+
     Raises:
-        ValueError: the recipe is wrong, a glob matches nothing or nothing that can be replaced, or
-            a weight is not finite or has no data. The model is then unchanged.
+        ValueError: the recipe is wrong, a glob matches nothing or nothing that can be replaced, a
+            weight is not finite or has no data, or the model has no encoder for the recipe's
+            rules. The model is then unchanged.
     """
     recipe = _as_recipe(recipe)
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be an nn.Module, got {type(model).__name__}")
-    if not recipe.linear:
-        raise ValueError('convert: the recipe has no rules; add a [linear."<glob>"] section')
+    lean_encoder = recipe.tokens is not None or recipe.exits is not None
+    if not recipe.linear and not lean_encoder:
+        raise ValueError(
+            'convert: the recipe has no rules; add a [linear."<glob>"], [tokens] or [exits] section'
+        )
     _check_quantization(model)
     if why_not_convertible(model) is None:
         raise ValueError(
@@ -70,6 +88,8 @@ def convert(
         )
     matches = _match(model, recipe)
     _check_weights(model, matches)
+    if lean_encoder:
+        check_rules(model, recipe.tokens, recipe.exits)
 
     entries = {}
     for done, match in enumerate(matches):
@@ -78,16 +98,22 @@ def convert(
         entries[match.names[0]] = _replace_linear(model, match)
     if progress is not None:
         progress(len(matches), len(matches), "")
-    for entry in LeanReport.of(model).entries:
+    if lean_encoder:
+        for place in find_encoders(model):
+            install(model, place, recipe.tokens, recipe.exits)
+    attach_exits(model)
+    now = LeanReport.of(model)
+    for entry in now.entries:
         entries.setdefault(entry.name, entry)
-    model.lean_report = partial(attached, LeanReport(list(entries.values())))
+    model.lean_report = partial(attached, LeanReport(list(entries.values()), now.encoders))
     store_description(model)
     return model
 
 
 @torch.no_grad()
 def to_dense(model: nn.Module) -> nn.Module:
-    """Undo `convert`, in place: dense layers with the weights the block-sparse ones have.
+    """Undo `convert`, in place: dense layers with the weights the block-sparse ones have, and the
+    encoders that were there before. Exit heads are lost.
 
     Raises:
         ValueError: a layer has an activation and no place in the model to give it back to. The
@@ -110,6 +136,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, fused[name], activation_module(layer.activation))
         replace(model, aliases[id(layer)], _dense_layer(layer))
+    remove(model)
     model.__dict__.pop("lean_report", None)
     model.__dict__.pop("hf_quantizer", None)
     store_description(model)
@@ -301,7 +328,7 @@ def store_description(model: nn.Module) -> None:
     if not _is_hugging_face(model):
         return
     description = describe(model)
-    if description["modules"]:
+    if description["modules"] or "encoders" in description:
         model.config.quantization_config = description
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -4,6 +4,11 @@
 [linear."encoder.layer.*.intermediate.dense"]
 block_shape = [32, 32]
 density = 0.2
+[tokens]
+profile = [1.0, 0.8, 0.5, 0.3]
+[exits]
+criterion = "entropy"
+threshold = 0.3
 """
 
 import difflib
@@ -11,13 +16,16 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 
+from lean_kernels.nn.token_profile import check_profile, rescale
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_SECTIONS = ("linear",)
-_LATER_SECTIONS = ("embedding", "tokens", "exits")
+_MOST = 2**31 - 1  # of any number; kernels count in int32
+_SECTIONS = ("linear", "tokens", "exits")
+_LATER_SECTIONS = ("embedding",)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,144 @@ class LinearRule:
         object.__setattr__(self, "block_shape", tuple(shape))
         _check_fraction("density", self.density, zero=False)
         _check_fraction("dense_above", self.dense_above, zero=True)
-        if not isinstance(self.fuse_activation, bool):
-            raise ValueError(f"fuse_activation must be true or false, got {self.fuse_activation!r}")
+        _check_bool("fuse_activation", self.fuse_activation)
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """How the encoder treats tokens: packed without padding, and dropped as layers go by.
+
+    At most one of `profile`, `threshold` and `counts` says which tokens a layer drops, between its
+    attention and its feed-forward, by the attention each token received there. Without any of them
+    padding goes and every token stays, which is exact.
+
+    Args:
+        packed: run on tokens without padding. True; without it there is nothing a rule could do.
+        profile: per layer the fraction of each sequence's original tokens kept, in (0, 1], never
+            rising; ceil(fraction * length) stay, at least one (ACC, arXiv 2201.03327).
+        speed: rescales `profile` without training anew, see `token_profile.rescale`; 1 leaves it.
+        threshold: per layer the score below which a token goes (LTP, arXiv 2107.00910).
+        counts: per layer how many tokens stay of a sequence that has more (PoWER-BERT, arXiv
+            2001.08950); never rising.
+        reduction: "mean" divides a score by heads and query rows, "sum" does not. It matters for
+            `threshold` alone.
+        exclude_diagonal: leave out the attention a token pays itself (PoWER-BERT).
+        protect: tokens that always stay: "first" of each sequence, or "ends", first and last.
+        dropped: what the encoder returns for a dropped token: "last", the output of the last layer
+            it went through whole, or "zeros".
+        first_only: the last layer computes the first token alone and the encoder returns zeros for
+            all others. None does so where the model is known to read nothing else.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    packed: bool = True
+    profile: tuple[float, ...] | None = None
+    speed: float = 1.0
+    threshold: tuple[float, ...] | None = None
+    counts: tuple[int, ...] | None = None
+    reduction: str = "mean"
+    exclude_diagonal: bool = False
+    protect: str = "first"
+    dropped: str = "last"
+    first_only: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.packed is not True:
+            raise ValueError(
+                f"packed must be true, got {self.packed!r}; leave [tokens] out to keep the padding"
+            )
+        ways = [name for name in ("profile", "threshold", "counts") if getattr(self, name)]
+        if len(ways) > 1:
+            raise ValueError(f"give one of profile, threshold and counts, got {_listed(ways)}")
+        if self.profile is not None:
+            object.__setattr__(self, "profile", check_profile(self.profile))
+        if isinstance(self.speed, int) and self.speed > _MOST:  # more than a float can hold
+            raise ValueError(f"speed must be at most {_MOST}")
+        rescale(self.profile or (1.0,), self.speed)
+        if self.speed != 1 and self.profile is None:
+            raise ValueError(f"speed rescales a profile, and there is none; got {self.speed}")
+        self._check_numbers("threshold", (int, float), "numbers, 0 or more")
+        self._check_numbers("counts", int, "integers, 1 or more")
+        if self.counts is not None and list(self.counts) != sorted(self.counts, reverse=True):
+            raise ValueError(f"counts must not rise, got {list(self.counts)}")
+        _check_choice("reduction", self.reduction, ("mean", "sum"))
+        _check_choice("protect", self.protect, ("first", "ends"))
+        _check_choice("dropped", self.dropped, ("last", "zeros"))
+        _check_bool("exclude_diagonal", self.exclude_diagonal)
+        if self.first_only is not None:
+            _check_bool("first_only", self.first_only)
+
+    def _check_numbers(self, name: str, kind, expected: str) -> None:
+        values = getattr(self, name)
+        if values is None:
+            return
+        least = 1 if kind is int else 0
+        if (
+            not isinstance(values, (list, tuple))
+            or not values
+            or any(isinstance(v, bool) or not isinstance(v, kind) for v in values)
+            or not all(least <= v <= _MOST for v in values)
+        ):
+            raise ValueError(f"{name} must be a list of {expected}, one per layer, got {values!r}")
+        object.__setattr__(self, name, tuple(values))
+
+    @property
+    def layers(self) -> int | None:
+        """Number of layers the rule is for; None fits any encoder."""
+        per_layer = self.profile or self.threshold or self.counts
+        return None if per_layer is None else len(per_layer)
+
+    def to_dict(self) -> dict:
+        """What differs from the defaults, as plain lists, numbers and strings."""
+        return _settings(self)
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When a sample of a batch is done before the last layer.
+
+    After each layer but the last an exit head reads the sample's first token.
+
+    Args:
+        criterion: "entropy": exit once the entropy of the predicted distribution (in nats) is below
+            `threshold` (DeeBERT, arXiv 2004.12993; COST-EFF, arXiv 2210.15523). "confidence": once
+            its largest probability is at least `threshold`. "patience": once `patience` exits in a
+            row predicted the same as the one before (PABEE, arXiv 2006.04152); a head of one output
+            agrees where two outputs differ by less than `threshold`.
+        threshold: see above; 0 or more, for "confidence" in [0, 1].
+        patience: see above; 1 or more.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    criterion: str = "entropy"
+    threshold: float | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("criterion", self.criterion, ("entropy", "confidence", "patience"))
+        value, most = self.threshold, 1 if self.criterion == "confidence" else _MOST
+        if value is None:
+            if self.criterion != "patience":
+                raise ValueError(f"criterion {self.criterion!r} needs a threshold")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"threshold must be a number, got {value!r}")
+        elif not 0 <= value <= most:
+            raise ValueError(f"threshold must lie in [0, {most}], got {value}")
+        if (self.criterion == "patience") != (self.patience is not None):
+            raise ValueError(
+                f"patience goes with criterion 'patience' and only with it, got {self.patience!r} "
+                f"with {self.criterion!r}"
+            )
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
+            raise ValueError(f"patience must be an integer, 1 or more, got {self.patience!r}")
+
+    def to_dict(self) -> dict:
+        """What differs from the defaults, as plain numbers and strings."""
+        return {"criterion": self.criterion} | _settings(self)
 
 
 @dataclass
@@ -64,15 +208,27 @@ class Recipe:
     Args:
         linear: glob on full module names (`fnmatch`, case-sensitive; `*` also crosses dots) to
             rule. The first glob that matches a module wins; what none matches stays as it is.
+        tokens: how the model's encoder treats tokens. None leaves the encoder as it is, or only
+            packs it where `exits` is given.
+        exits: early exits of a sequence classifier.
     """
 
     linear: dict[str, LinearRule] = field(default_factory=dict)
+    tokens: TokenRule | None = None
+    exits: ExitRule | None = None
 
     def __post_init__(self) -> None:
         for glob, rule in self.linear.items():
             if not isinstance(glob, str) or not isinstance(rule, LinearRule):
                 raise ValueError(
                     f"Recipe.linear maps a glob to a LinearRule, got {glob!r}: {rule!r}; "
+                    "Recipe.from_dict takes plain dicts"
+                )
+        for name, kind in (("tokens", TokenRule), ("exits", ExitRule)):
+            rule = getattr(self, name)
+            if rule is not None and not isinstance(rule, kind):
+                raise ValueError(
+                    f"Recipe.{name} must be a {kind.__name__}, got {rule!r}; "
                     "Recipe.from_dict takes plain dicts"
                 )
 
@@ -107,7 +263,15 @@ class Recipe:
         table = content.get("linear", {})
         if not isinstance(table, dict):
             raise ValueError(f"recipe: [linear] must hold a table per glob, got {table!r}")
-        return cls(linear={glob: _linear_rule(glob, rule) for glob, rule in table.items()})
+        linear = {
+            glob: rule_of(LinearRule, rule, f'recipe: [linear."{glob}"]')
+            for glob, rule in table.items()
+        }
+        tokens, exits = (
+            rule_of(kind, content[name], f"recipe: [{name}]") if name in content else None
+            for name, kind in (("tokens", TokenRule), ("exits", ExitRule))
+        )
+        return cls(linear, tokens, exits)
 
     def to_dict(self) -> dict:
         """The recipe as plain lists, numbers and dicts; `from_dict` gives it back."""
@@ -116,7 +280,40 @@ class Recipe:
             values = {item.name: getattr(rule, item.name) for item in fields(rule)}
             values["block_shape"] = list(rule.block_shape)
             linear[glob] = {key: value for key, value in values.items() if value is not None}
-        return {"linear": linear}
+        rules = {"tokens": self.tokens, "exits": self.exits}
+        return {"linear": linear} | {
+            name: rule.to_dict() for name, rule in rules.items() if rule is not None
+        }
+
+
+def rule_of(kind: type, values, where: str):
+    """The rule that a table spells. Raises ValueError, which names the table as `where`."""
+    valid = [item.name for item in fields(kind)]
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a table with the keys {_listed(valid)}, got {values!r}")
+    for key, value in values.items():
+        if key in valid:
+            continue
+        if isinstance(value, dict) and kind is LinearRule:
+            glob = where.split('"')[1]
+            hint = f'; quote a glob that has dots: [linear."{glob}.{key}"]'
+        else:
+            close = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{where} unknown key {key!r}; expected {_listed(valid)}{hint}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+
+
+def _settings(rule) -> dict:
+    values = {
+        item.name: getattr(rule, item.name)
+        for item in fields(rule)
+        if getattr(rule, item.name) != item.default
+    }
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def _check_fraction(name: str, value, *, zero: bool) -> None:
@@ -128,24 +325,14 @@ def _check_fraction(name: str, value, *, zero: bool) -> None:
         raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
 
 
-def _linear_rule(glob: str, values) -> LinearRule:
-    where = f'recipe: [linear."{glob}"]'
-    valid = [item.name for item in fields(LinearRule)]
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a table with the keys {_listed(valid)}, got {values!r}")
-    for key, value in values.items():
-        if key in valid:
-            continue
-        if isinstance(value, dict):
-            hint = f'; quote a glob that has dots: [linear."{glob}.{key}"]'
-        else:
-            close = difflib.get_close_matches(key, valid, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"{where} unknown key {key!r}; expected {_listed(valid)}{hint}")
-    try:
-        return LinearRule(**values)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
+def _check_choice(name: str, value, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; expected one of {valid}")
+
+
+def _check_bool(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 def _listed(names) -> str:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lean_kernels.nn import BlockSparseLinear
+from lean_kernels.nn import BlockSparseLinear, LeanEncoder
+from lean_kernels.nn.token_profile import rescale
 from lean_kernels.spec import linear_shape
 
 
@@ -43,20 +44,57 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class EncoderEntry:
+    """An encoder that runs on packed tokens."""
+
+    name: str
+    layers: int
+    tokens: dict  # of its TokenRule, what differs from the defaults
+    exits: dict | None  # of its ExitRule
+    first_only: bool
+
+    @classmethod
+    def of(cls, name: str, encoder: LeanEncoder) -> "EncoderEntry":
+        """The entry of an encoder as it now is."""
+        tokens, exits = encoder.token_rule, encoder.exit_rule
+        return cls(
+            name,
+            len(encoder.layers),
+            {} if tokens is None else tokens.to_dict(),
+            None if exits is None else exits.to_dict(),
+            encoder.first_only,
+        )
+
+    @property
+    def note(self) -> str:
+        """What it saves, in words."""
+        parts = ["no padding"]
+        if profile := self.tokens.get("profile"):
+            kept = rescale(profile, self.tokens.get("speed", 1))
+            parts.append(f"mean kept {sum(kept) / len(kept):.2f} of the tokens")
+        parts += [
+            f"tokens dropped by {how}" for how in ("threshold", "counts") if how in self.tokens
+        ]
+        if self.exits is not None:
+            parts.append(f"exits by {self.exits['criterion']}")
+        return ", ".join(parts + ["last layer for the first token only"] * self.first_only)
+
+
+@dataclass(frozen=True)
 class LeanReport:
-    """Every layer that was replaced, or matched and left dense, with sizes and densities."""
+    """Every layer that was replaced, or matched and left dense, with sizes and densities, and
+    every encoder that was replaced."""
 
     entries: list[Entry] = field(default_factory=list)
+    encoders: list[EncoderEntry] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> "LeanReport":
-        """The block-sparse layers `model` has, however they came there."""
+        """The block-sparse layers and lean encoders `model` has, however they came there."""
+        modules = list(model.named_modules())
         return cls(
-            [
-                Entry.of(name, layer)
-                for name, layer in model.named_modules()
-                if isinstance(layer, BlockSparseLinear)
-            ]
+            [Entry.of(name, m) for name, m in modules if isinstance(m, BlockSparseLinear)],
+            [EncoderEntry.of(name, m) for name, m in modules if isinstance(m, LeanEncoder)],
         )
 
     @property
@@ -78,6 +116,7 @@ class LeanReport:
         """Entries and totals as plain lists, dicts and numbers."""
         return {
             "entries": [asdict(entry) for entry in self.entries],
+            "encoders": [asdict(entry) for entry in self.encoders],
             "replaced": self.replaced,
             "left_dense": len(self.entries) - self.replaced,
             "dense_bytes": self.dense_bytes,
@@ -87,27 +126,47 @@ class LeanReport:
     def rows(self) -> list[tuple[str, ...]]:
         """A header and one row of text per entry, for a table."""
         header = ("module", "became", "out x in", "blocks", "density", "dense", "lean", "note")
-        return [header] + [
-            (
-                entry.name,
-                entry.became,
-                f"{entry.out_features} x {entry.in_features}",
-                "x".join(map(str, entry.block_shape)) if entry.block_shape else "-",
-                f"{entry.density:.3f}",
-                readable_bytes(entry.dense_bytes),
-                readable_bytes(entry.lean_bytes),
-                entry.note,
-            )
-            for entry in self.entries
-        ]
+        return (
+            [header]
+            + [
+                (
+                    entry.name,
+                    entry.became,
+                    f"{entry.out_features} x {entry.in_features}",
+                    "x".join(map(str, entry.block_shape)) if entry.block_shape else "-",
+                    f"{entry.density:.3f}",
+                    readable_bytes(entry.dense_bytes),
+                    readable_bytes(entry.lean_bytes),
+                    entry.note,
+                )
+                for entry in self.entries
+            ]
+            + [
+                (
+                    entry.name,
+                    "LeanEncoder",
+                    f"{entry.layers} layers",
+                    "-",
+                    "-",
+                    "-",
+                    "-",
+                    entry.note,
+                )
+                for entry in self.encoders
+            ]
+        )
 
     def summary(self) -> str:
-        """One line: how many layers, and the bytes before and after."""
+        """One line: how many layers, the bytes before and after, what the encoders save."""
         left = len(self.entries) - self.replaced
-        return (
+        encoders = [f"{entry.name}: {entry.note}" for entry in self.encoders]
+        if not self.entries and encoders:
+            return "; ".join(encoders)
+        layers = (
             f"{self.replaced} layers block-sparse, {left} left dense: "
             f"{readable_bytes(self.dense_bytes)} -> {readable_bytes(self.lean_bytes)}"
         )
+        return "; ".join([layers, *encoders])
 
     def __str__(self) -> str:
         rows = self.rows()

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The description of a lean model that is saved beside its weights, and the model built from it.
 
-`describe` writes it, `rebuild` puts empty block-sparse layers into a dense model as it says. Both
-take any nn.Module; README, "File format", says what each key means.
+`describe` writes it, `rebuild` puts lean encoders and empty block-sparse layers into a dense model
+as it says. Both take any nn.Module; README, "File format", says what each key means.
 """
 
 from torch import Tensor, nn
 
-from lean_kernels.architectures import activation_after, activation_function
+from lean_kernels.architectures import activation_after, activation_function, find_encoders
+from lean_kernels.encoders import (
+    attach_exits,
+    check_rules,
+    describe_encoders,
+    install,
+    read_rules,
+)
 from lean_kernels.nn import BlockSparseLinear
 from lean_kernels.ops.block_sparse_linear import bsr, op
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KIND = "block_sparse_linear"
 _KEYS = {
     "kind": str,
@@ -78,12 +85,17 @@ def describe(model: nn.Module) -> dict:
             "activation": layer.activation,
             "fused_module": fused,
         }
-    return {"quant_method": "lean", "format_version": FORMAT_VERSION, "modules": modules}
+    description = {"quant_method": "lean", "format_version": 1, "modules": modules}
+    if encoders := describe_encoders(model):
+        description |= {"format_version": 2, "encoders": encoders}
+    return description
 
 
-def check(modules: dict) -> None:
-    """Raise ValueError unless `modules`, from a file of unknown origin, is well formed."""
-    if not isinstance(modules, dict) or not modules:
+def check(modules: dict, encoders: dict | None = None) -> None:
+    """Raise ValueError unless both tables, from a file of unknown origin, are well formed."""
+    if encoders is not None:
+        read_rules(encoders)
+    if not isinstance(modules, dict) or not (modules or encoders):
         raise ValueError(f"lean model: modules must be a non-empty table, got {modules!r}")
     for name, entry in modules.items():
         where = f"lean model: module {name!r}"
@@ -111,23 +123,28 @@ def check(modules: dict) -> None:
             )
 
 
-def rebuild(model: nn.Module, modules: dict, *, partial: bool = False) -> dict[str, str]:
-    """Replace the linears that `modules` names by block-sparse layers, weights uninitialised.
+def rebuild(
+    model: nn.Module, modules: dict, encoders: dict | None = None, *, partial: bool = False
+) -> dict[str, str]:
+    """Replace the linears that `modules` names by block-sparse layers, weights uninitialised, and
+    the encoders that `encoders` names by lean ones.
 
     Names carry over between a Hugging Face base model and one with a head, as its weights do.
 
     Args:
         model: the dense model; `modules` must fit it, and is checked before it is touched.
         modules: `describe(...)["modules"]`.
-        partial: pass over modules that `model` does not have, so long as it has some.
+        encoders: `describe(...)["encoders"]`, None where it has none.
+        partial: pass over modules and exits that `model` does not have, so long as it has some.
 
     Returns:
-        Name in `model` of each layer built, to its name in `modules`.
+        Name in `model` of each block-sparse layer built, to its name in `modules`.
 
     Raises:
         ValueError: malformed, or not a description of this model.
     """
-    check(modules)
+    check(modules, encoders)
+    _rebuild_encoders(model, encoders or {}, partial)
     aliases: dict[int, list[str]] = {}
     found = dict(model.named_modules(remove_duplicate=False))
     for name, module in found.items():
@@ -140,7 +157,7 @@ def rebuild(model: nn.Module, modules: dict, *, partial: bool = False) -> dict[s
             plan[name] = saved
         elif not partial:
             raise ValueError(f"lean model: {type(model).__name__} has no module {saved!r}")
-    if not plan:
+    if modules and not plan:
         raise ValueError(f"lean model: {type(model).__name__} has none of its block-sparse layers")
     for name, saved in plan.items():
         entry, linear = modules[saved], found[name]
@@ -159,10 +176,29 @@ def rebuild(model: nn.Module, modules: dict, *, partial: bool = False) -> dict[s
         if entry["fused_module"] is not None:
             parent = name.rpartition(".")[0]
             setattr(model.get_submodule(parent), entry["fused_module"], nn.Identity())
+    attach_exits(model)
     return plan
 
 
-def _resolve(name: str, found: dict[str, nn.Module], prefix: str) -> str | None:
+def _rebuild_encoders(model: nn.Module, encoders: dict, partial: bool) -> None:
+    places = {place.name: place for place in find_encoders(model)}
+    prefix = getattr(model, "base_model_prefix", "")
+    for saved, (tokens, exit_rule) in read_rules(encoders).items():
+        name = _resolve(saved, places, prefix)
+        if name is None:
+            if partial:
+                continue
+            raise ValueError(f"lean model: {type(model).__name__} has no encoder {saved!r}")
+        if partial and places[name].classifier is None:
+            exit_rule = None
+        try:
+            check_rules(model, tokens, exit_rule)
+        except ValueError as error:
+            raise ValueError(f"lean model: encoder {saved!r}: {error}") from None
+        install(model, places[name], tokens, exit_rule)
+
+
+def _resolve(name: str, found: dict, prefix: str) -> str | None:
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
         if candidate and candidate in found:
             return candidate

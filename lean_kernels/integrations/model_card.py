@@ -2,18 +2,16 @@
 """The README.md that is saved with a lean model."""
 
 from lean_kernels.report import LeanReport
-from lean_kernels.spec import FORMAT_VERSION
 
 _CARD = """---
 library_name: transformers
 tags:
-- lean_kernels
-- block-sparse
+- lean_kernels{tags}
 ---
 
 # {title}
 
-{architecture} with block-sparse linear layers. {summary}.
+{architecture}, made lean: {summary}.
 
 ## How to load
 
@@ -28,13 +26,14 @@ model = lean_kernels.load("<this directory>")
 ```
 
 After `import lean_kernels`, `from_pretrained` of `{architecture}` and of the `AutoModel` classes
-loads it too. Without the import they stop with a size mismatch.
+loads it too. Without the import they {without}.
 
 ## What is lean
 
 {table}
 
-Pruning changes what a model computes; at low density it needs training to keep its accuracy.
+Pruning, dropping tokens and leaving early change what a model computes; it needs training for them
+to keep its accuracy. Running without padding changes nothing.
 
 Format version {version} of `quant_method: lean`.
 """
@@ -44,10 +43,13 @@ def model_card(title: str, architecture: str, report: LeanReport) -> str:
     """Markdown: how to load the model, and which of its layers are lean."""
     header, *rows = (" | ".join(cells) for cells in report.rows())
     rule = " | ".join("---" for _ in report.rows()[0])
+    sparse = report.replaced > 0
     return _CARD.format(
         title=title,
+        tags="\n- block-sparse" if sparse else "",
+        without="stop with a size mismatch" if sparse else "load the dense model",
         architecture=architecture,
         summary=report.summary().replace("->", "to"),
         table="\n".join(f"| {line} |" for line in (header, rule, *rows)),
-        version=FORMAT_VERSION,
+        version=2 if report.encoders else 1,
     )

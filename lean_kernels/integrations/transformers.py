@@ -44,7 +44,14 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 class LeanConfig(QuantizationConfigMixin):
     """The `quantization_config` of a lean model; see `lean_kernels.spec`."""
 
-    def __init__(self, modules=None, format_version=None, quant_method="lean", **unknown) -> None:
+    def __init__(
+        self,
+        modules=None,
+        format_version=None,
+        quant_method="lean",
+        encoders=None,
+        **unknown,
+    ) -> None:
         if type(format_version) is not int or format_version < 1:
             raise ValueError(f"lean model: format_version must be 1 or up, got {format_version!r}")
         if format_version > FORMAT_VERSION:
@@ -56,15 +63,20 @@ class LeanConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"lean model: unknown keys in quantization_config: {', '.join(sorted(unknown))}"
             )
-        check(modules)
+        if encoders is not None and format_version < 2:
+            raise ValueError("lean model: encoders came with format version 2, not with 1")
+        check(modules, encoders)
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = modules
+        if encoders is not None:
+            self.encoders = encoders
 
 
 @register_quantizer("lean")
 class LeanQuantizer(HfQuantizer):
-    """Puts block-sparse layers into the empty model, and checks what was loaded into them."""
+    """Puts lean encoders and block-sparse layers into the empty model, and checks what was loaded
+    into them."""
 
     requires_calibration = True  # weights become lean in `convert`, never while loading
     is_trainable = True
@@ -80,7 +92,8 @@ class LeanQuantizer(HfQuantizer):
             _check_file(file, modules)
         saved_as = getattr(model.config, "architectures", None) or ()
         self._same_class = type(model).__name__ in saved_as
-        self._built = rebuild(model, modules, partial=not self._same_class)
+        encoders = getattr(self.quantization_config, "encoders", None)
+        self._built = rebuild(model, modules, encoders, partial=not self._same_class)
         # With a quantizer, transformers takes whatever shape a file has: remember what is right.
         self._expected = {
             name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()
