@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from lean_kernels.recipe import LinearRule, Recipe
+from lean_kernels.recipe import ExitRule, LinearRule, Recipe, TokenRule
 
 TOML = """
 [linear."encoder.layer.*.intermediate.dense"]
@@ -10,6 +10,12 @@ density = 0.2
 [linear."*.dense"]
 dense_above = 0.9
 fuse_activation = false
+[tokens]
+profile = [1, 0.5]
+speed = 2
+[exits]
+criterion = "confidence"
+threshold = 0.9
 """
 
 
@@ -21,8 +27,11 @@ def test_toml_dict_and_dataclass_agree(tmp_path):
         {
             "encoder.layer.*.intermediate.dense": LinearRule((16, 64), density=0.2),
             "*.dense": LinearRule(dense_above=0.9, fuse_activation=False),
-        }
+        },
+        TokenRule(profile=(1.0, 0.5), speed=2),
+        ExitRule("confidence", threshold=0.9),
     )
+    assert recipe.to_dict()["tokens"] == {"profile": [1.0, 0.5], "speed": 2}
     assert list(recipe.linear) == ["encoder.layer.*.intermediate.dense", "*.dense"]  # order counts
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_toml(str(path)) == recipe
@@ -32,15 +41,47 @@ def test_defaults():
     rule = Recipe.from_dict({"linear": {"*": {}}}).linear["*"]
     assert rule == LinearRule((32, 32), None, None, True)
     assert Recipe.from_dict({}) == Recipe()
+    assert Recipe.from_dict({"tokens": {}}) == Recipe(tokens=TokenRule())
+    assert TokenRule().to_dict() == {} and TokenRule().layers is None
+    assert TokenRule(counts=[4, 2]).layers == 2 == TokenRule(threshold=[0.1, 0]).layers
+    with pytest.raises(ValueError, match="must be a TokenRule"):
+        Recipe(tokens={"packed": True})
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"tokens": {}}, r"no section \[tokens\] yet; it has linear"),
         ({"embedding": {"e": {}}}, r"no section \[embedding\] yet"),
-        ({"exits": {}}, r"no section \[exits\] yet"),
-        ({"liner": {}}, r"unknown section \[liner\]; expected linear"),
+        ({"liner": {}}, r"unknown section \[liner\]; expected linear, tokens, exits"),
+        ({"tokens": []}, r"\[tokens\] must be a table with the keys packed, profile"),
+        ({"tokens": {"profil": [1.0]}}, r"unknown key 'profil'.*did you mean profile\?"),
+        ({"tokens": {"packed": False}}, r"\[tokens\] packed must be true, got False; leave"),
+        ({"tokens": {"profile": []}}, "profile must be a list of numbers"),
+        ({"tokens": {"profile": [0.5, 0.6]}}, "profile must not rise"),
+        ({"tokens": {"profile": [0.0]}}, r"profile must hold numbers in \(0, 1\], got 0.0"),
+        ({"tokens": {"profile": [1.0], "speed": -1}}, "speed must be finite and not negative"),
+        ({"tokens": {"profile": [1.0], "speed": 10**400}}, "speed must be at most"),
+        ({"tokens": {"speed": 2.0}}, "speed rescales a profile, and there is none"),
+        ({"tokens": {"profile": [1.0], "counts": [3]}}, "give one of .* got profile, counts"),
+        ({"tokens": {"counts": [3, 4]}}, "counts must not rise"),
+        ({"tokens": {"counts": [0]}}, "counts must be a list of integers, 1 or more"),
+        ({"tokens": {"counts": [3.0]}}, "counts must be a list of integers"),
+        ({"tokens": {"threshold": [True]}}, "threshold must be a list of numbers"),
+        ({"tokens": {"threshold": [float("nan")]}}, "threshold must be a list of numbers"),
+        ({"tokens": {"threshold": 0.1}}, "threshold must be a list of numbers"),
+        ({"tokens": {"reduction": "max"}}, "unknown reduction 'max'; expected one of"),
+        ({"tokens": {"protect": ["first"]}}, r"unknown protect \['first'\]"),
+        ({"tokens": {"dropped": None}}, "unknown dropped None"),
+        ({"tokens": {"exclude_diagonal": 1}}, "exclude_diagonal must be true or false"),
+        ({"tokens": {"first_only": "yes"}}, "first_only must be true or false"),
+        ({"exits": {}}, r"\[exits\] criterion 'entropy' needs a threshold"),
+        ({"exits": {"criterion": "luck"}}, "unknown criterion 'luck'; expected one of"),
+        ({"exits": {"threshold": "0.3"}}, "threshold must be a number, got '0.3'"),
+        ({"exits": {"threshold": -0.1}}, r"threshold must lie in \[0, \d+\], got -0.1"),
+        ({"exits": {"criterion": "confidence", "threshold": 1.5}}, r"lie in \[0, 1\], got 1.5"),
+        ({"exits": {"criterion": "patience"}}, "patience goes with criterion 'patience'"),
+        ({"exits": {"threshold": 0.1, "patience": 2}}, "patience goes with criterion 'patience'"),
+        ({"exits": {"criterion": "patience", "patience": 0}}, "patience must be an integer, 1 or"),
         ({"linear": {"a": {"densty": 0.2}}}, r'\[linear."a"\] unknown key .*did you mean density'),
         ({"linear": {"a": {"dropout": 0.2}}}, "expected block_shape, density, dense_above"),
         ({"linear": {"a": {"b": {"density": 0.2}}}}, r'quote a glob .*\[linear."a.b"\]'),

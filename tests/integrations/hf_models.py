@@ -26,6 +26,15 @@ CONFIGS = {
     "distilbert": lambda: transformers.DistilBertConfig(
         vocab_size=90, max_position_embeddings=40, dim=64, n_layers=2, n_heads=2, hidden_dim=112
     ),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **SIZES,
+        pad_token_id=1,
+        bos_token_id=0,
+        cls_token_id=0,
+        sep_token_id=2,
+        eos_token_id=2,
+        local_attention=8,
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=90,
         n_positions=40,
@@ -40,9 +49,11 @@ CONFIGS = {
         **SIZES, num_key_value_heads=1, pad_token_id=1, tie_word_embeddings=True
     ),
 }
+ENCODERS = ["bert", "minilm", "roberta", "distilbert", "modernbert"]
+LINEAR = [family for family in CONFIGS if family != "modernbert"]
 HEADS = {
-    "AutoModel": list(CONFIGS),
-    "AutoModelForSequenceClassification": list(CONFIGS),
+    "AutoModel": LINEAR,
+    "AutoModelForSequenceClassification": LINEAR,
     "AutoModelForMaskedLM": ["bert", "roberta", "distilbert"],
     "AutoModelForCausalLM": ["gpt2", "llama"],
 }

@@ -32,7 +32,7 @@ LAYER = "encoder.layer.0.intermediate.dense"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format_version=2), "format version 2; lean_kernels .* reads up to 1"),
+        (lambda c: c.update(format_version=3), "format version 3; lean_kernels .* reads up to 2"),
         (lambda c: c.update(format_version="1"), "format_version must be 1 or up, got '1'"),
         (lambda c: c.pop("format_version"), "format_version must be 1 or up, got None"),
         (lambda c: c.update(scheme=3), "unknown keys in quantization_config: scheme"),
