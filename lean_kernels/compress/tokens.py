@@ -8,14 +8,20 @@ of PoWER-BERT (arXiv 2001.08950), thresholds those of LTP (arXiv 2107.00910).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lean_kernels.architectures import ENCODER_FAMILIES, find_encoders
+from lean_kernels.nn import LeanEncoder
+from lean_kernels.nn.packing import kept_counts
 from lean_kernels.nn.token_profile import check_profile, rescale
+from lean_kernels.recipe import TokenRule
 
 __all__ = [
     "KeyScores",
@@ -24,6 +30,8 @@ __all__ = [
     "derive_profile",
     "encoder_flops",
     "fixed_counts",
+    "measure_profile",
+    "measure_scores",
     "predict_speedup",
     "rescale",
     "speed_for",
@@ -68,6 +76,99 @@ class KeyScores:
             means = (sums / counts)[owner].clamp_min(torch.finfo(torch.float64).tiny)
             found.append((scores.double() / means).float())
         return found
+
+
+@torch.inference_mode()
+def measure_scores(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    exclude_diagonal: bool = False,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> KeyScores:
+    """Run a model and collect the attention each token receives, with nothing dropped.
+
+    Args:
+        model: has one encoder that LeanEncoder knows, plain or replaced already; in evaluation mode
+            while it is measured, and unchanged afterwards.
+        batches: such as a DataLoader of what a tokenizer gives; each is passed as model(**batch).
+            "labels" are left out.
+        exclude_diagonal: leave out the attention a token pays itself, as PoWER-BERT does.
+        max_tokens: stop after the batch that reaches this many; None takes all batches.
+        progress: called with the number of batches done, before each and at the end.
+
+    Raises:
+        ValueError: no such encoder, or several; or no tokens.
+    """
+    device = next(model.parameters()).device
+    lengths: list[Tensor] = []
+    scores: list[list[Tensor]] = []
+
+    def observe(layer: int, found: Tensor, cu_seqlens: Tensor) -> None:
+        if layer == 0:
+            lengths.append(cu_seqlens.diff().long().cpu())
+        if layer == len(scores):
+            scores.append([])
+        scores[layer].append(found.float().cpu())
+
+    done = total = 0
+    with _observed(model, TokenRule(exclude_diagonal=exclude_diagonal), observe):
+        for batch in batches:
+            progress(done)
+            inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+            model(**inputs)
+            done, total = done + 1, total + int(lengths[-1].sum())
+            if max_tokens is not None and total >= max_tokens:
+                break
+    progress(done)
+    if not lengths:
+        raise ValueError("measure_scores: there were no batches")
+    return KeyScores([torch.cat(layer) for layer in scores], torch.cat(lengths))
+
+
+@contextmanager
+def _observed(model: nn.Module, rule: TokenRule, observe: Callable) -> Iterator[None]:
+    """The model with its encoder packed and observed, in evaluation mode; put back afterwards."""
+    places = find_encoders(model)
+    if len(places) != 1:
+        raise ValueError(
+            f"measure_scores: expected a model with one encoder of {ENCODER_FAMILIES}, within a "
+            f"model of transformers; found {len(places)} in {type(model).__name__}"
+        )
+    name, training = places[0].name, {m: m.training for m in model.modules()}
+    parent = model.get_submodule(name.rpartition(".")[0])
+    child, encoder = name.rpartition(".")[2], model.get_submodule(name)
+    # A second LeanEncoder over the same layers, so that no rule of the first is touched.
+    plain = encoder.replaced[0] if isinstance(encoder, LeanEncoder) else encoder
+    observed = LeanEncoder(plain, places[0].layout, tokens=rule)
+    observed._modules.update(encoder._modules)
+    observed.observe_scores = observe
+    try:
+        setattr(parent, child, observed)
+        model.eval()
+        yield
+    finally:
+        setattr(parent, child, encoder)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def measure_profile(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    statistic: str | float = "median",
+    threshold: float | None = None,
+    mean_kept: float | None = None,
+    exclude_diagonal: bool = False,
+    max_tokens: int | None = None,
+) -> tuple[float, ...]:
+    """`derive_profile` of `measure_scores`: the profile of a model on data, in one call."""
+    measured = measure_scores(
+        model, batches, exclude_diagonal=exclude_diagonal, max_tokens=max_tokens
+    )
+    return derive_profile(measured, statistic=statistic, threshold=threshold, mean_kept=mean_kept)
 
 
 def derive_profile(
@@ -173,7 +274,9 @@ def fixed_counts(profile: Sequence[float], length: int) -> tuple[int, ...]:
     """
     if length < 1:
         raise ValueError(f"fixed_counts: length must be positive, got {length}")
-    return tuple(math.ceil(fraction * length) for fraction in check_profile(profile))
+    profile = check_profile(profile)
+    counts = kept_counts(np.array([length]), len(profile), profile=profile)
+    return tuple(counts[1:, 0].tolist())
 
 
 def calibrate_thresholds(measured: KeyScores, profile: Sequence[float]) -> tuple[float, ...]:
@@ -197,6 +300,11 @@ def calibrate_thresholds(measured: KeyScores, profile: Sequence[float]) -> tuple
 class SoftThresholds(nn.Module):
     """LTP's learned thresholds: soft while training, hard numbers afterwards.
 
+        encoder.soft_thresholds = soft = SoftThresholds(12)
+        loss = model(**batch).loss + 0.1 * soft.kept()  # with soft's parameters in the optimizer
+        ...
+        encoder.soft_thresholds, encoder.token_rule = None, TokenRule(threshold=soft.hard())
+
     Args:
         layers: number of layers.
         final: the threshold of the last layer; those before start at l / layers of it. Scores are
@@ -219,6 +327,7 @@ class SoftThresholds(nn.Module):
             start = final * torch.arange(1, layers + 1) / layers
         self.threshold = nn.Parameter(start.float())
         self.temperature = temperature
+        self._kept: list[Tensor] = []
 
     def forward(self, scores: Tensor, layer: int) -> Tensor:
         """How much of each token stays, in (0, 1): sigmoid((score - threshold) / temperature).
@@ -226,11 +335,27 @@ class SoftThresholds(nn.Module):
         Args:
             scores: mean-reduced, any shape. Their gradient is used where they carry one.
         """
-        return torch.sigmoid((scores - self.threshold[layer]) / self.temperature)
+        mask = torch.sigmoid((scores - self.threshold[layer]) / self.temperature)
+        if self.training and len(mask):
+            self._kept.append(mask.mean())
+        return mask
+
+    def kept(self) -> Tensor:
+        """Mean share of tokens kept by the layers that ran since the last call, a scalar.
+
+        LTP's regulariser: a multiple of it, added to the loss, is what makes thresholds rise.
+        """
+        if not self._kept:
+            raise RuntimeError(
+                "SoftThresholds: no layer has run in training mode since the last call"
+            )
+        mean = torch.stack(self._kept).mean()
+        self._kept.clear()
+        return mean
 
     def hard(self) -> tuple[float, ...]:
-        """The thresholds as numbers, for inference."""
-        return tuple(self.threshold.detach().tolist())
+        """The thresholds as numbers, 0 or more, for inference."""
+        return tuple(self.threshold.detach().clamp_min(0).tolist())
 
 
 def encoder_flops(
@@ -239,6 +364,7 @@ def encoder_flops(
     config,
     *,
     density: float = 1.0,
+    first_only: bool = False,
 ) -> float:
     """Floating-point operations of an encoder that drops tokens between attention and feed-forward.
 
@@ -247,21 +373,22 @@ def encoder_flops(
     multiply-add. Embeddings, normalisation and heads are not.
 
     Args:
-        profile: fraction of the original tokens kept after each layer's attention, ceil(f * n) of a
-            sequence of n; None keeps all.
+        profile: fraction of the original tokens kept after each layer's attention; None keeps all.
         lengths: tokens of each sequence.
         config: a Hugging Face config (or anything with its sizes).
         density: fraction of the linear weights that is multiplied.
+        first_only: the last layer attends from, and goes on with, the first token alone.
     """
     layers, hidden, inner, products = _sizes(config)
-    profile = (1.0,) * layers if profile is None else check_profile(profile, layers)
-    sizes = torch.as_tensor(lengths, dtype=torch.float64)
+    profile = None if profile is None else check_profile(profile, layers)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    counts = kept_counts(sizes, layers, profile=profile, first_only=first_only).astype(np.float64)
     total = 0.0
-    for before, after in pairwise((1.0, *profile)):
-        entering, leaving = torch.ceil(sizes * before), torch.ceil(sizes * after)
+    for layer, (entering, leaving) in enumerate(pairwise(counts)):
         linear = 3 * hidden * hidden * entering
         linear += (hidden * hidden + products * hidden * inner) * leaving
-        attention = 2 * hidden * entering * entering  # scores, and their product with the values
+        rows = leaving if first_only and layer == layers - 1 else entering
+        attention = 2 * hidden * rows * entering  # scores, and their product with the values
         total += 2 * float((density * linear + attention).sum())
     return total
 
@@ -288,18 +415,21 @@ def predict_speedup(
     config,
     *,
     density: float = 1.0,
-    padded: int | None = None,
+    first_only: bool = False,
+    padded: int | Sequence[int] | None = None,
 ) -> float:
     """Speed-up over the dense encoder that drops nothing, if time went with the FLOPs.
 
     Args:
-        profile, lengths, config, density: as `encoder_flops` takes them.
-        padded: the dense encoder runs every sequence at this many tokens; None: at its own length.
+        profile, lengths, config, density, first_only: as `encoder_flops` takes them.
+        padded: the dense encoder runs every sequence at this many tokens, or each at its own
+            number of them; None: without padding.
     """
-    baseline = lengths if padded is None else [padded] * len(lengths)
-    return encoder_flops(None, baseline, config) / encoder_flops(
-        profile, lengths, config, density=density
-    )
+    baseline = lengths if padded is None else padded
+    if isinstance(padded, int):
+        baseline = [padded] * len(lengths)
+    ours = encoder_flops(profile, lengths, config, density=density, first_only=first_only)
+    return encoder_flops(None, baseline, config) / ours
 
 
 def speed_for(
@@ -308,7 +438,7 @@ def speed_for(
     lengths: Sequence[int] | Tensor,
     config,
     *,
-    padded: int | None = None,
+    padded: int | Sequence[int] | None = None,
 ) -> float:
     """The least `speed` at which the rescaled profile is predicted to be `speedup` times as fast.
 
