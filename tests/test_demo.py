@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,11 +17,12 @@ TEXTS = ["the dog sleeps .", "the cat sleeps on a house", "rain falls", "a dog r
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny_bert(tmp_path_factory.mktemp("tiny"))
+    # Larger weights: attention must be anything but uniform.
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny"), initializer_range=0.2)
 
 
 def run(model, out, **options):
-    options = {"densities": (1.0, 0.25), "rounds": 2, "batch_size": 2} | options
+    options = {"densities": (1.0, 0.25), "speeds": (0, 3), "rounds": 2, "batch_size": 2} | options
     return demo.run(model, TEXTS, out, **options)
 
 
@@ -31,9 +33,9 @@ def test_rows_tell_the_trade_off(model, tmp_path):
     result = run(
         model, tmp_path / "out", block_shape=(16, 16), progress=lambda *step: steps.append(step)
     )
-    dense, full, quarter = result.rows
-    assert [done for done, _, _ in steps] == list(range(2 + 2 + 4))
-    assert {total for _, total, _ in steps} == {2 + 2 + 3}
+    dense, full, quarter, packed, dropped = result.rows
+    assert [done for done, _, _ in steps] == list(range(2 + 2 + 2 + 5))
+    assert {total for _, total, _ in steps} == {2 + 2 + 2 + 4}
     assert result.texts == 5
     assert (dense.speedup, dense.sparse_layers, dense.path) == (1, 0, None)
     assert dense.cosine == pytest.approx(1) and dense.spearman == pytest.approx(1)
@@ -45,6 +47,13 @@ def test_rows_tell_the_trade_off(model, tmp_path):
     assert dense.bytes_on_disk - quarter.bytes_on_disk == pytest.approx(3 * linears, rel=0.1)
     assert quarter.speedup == pytest.approx(dense.milliseconds / quarter.milliseconds)
     assert result.largest_reload_difference == 0
+
+    assert (packed.what, packed.kept, packed.sparse_layers) == ("packed", 1, 0)
+    assert packed.cosine == pytest.approx(1, abs=1e-5) and packed.spearman == pytest.approx(1)
+    assert dropped.kept == pytest.approx(np.mean(np.array(result.profile) ** 3))
+    assert dropped.kept < 1 and dropped.cosine < 0.9999
+    assert dropped.parameters == packed.parameters == dense.parameters
+    assert lk.load(dropped.path).encoder.token_rule.speed == 3
 
     saved = json.loads((tmp_path / "out" / demo.RESULTS).read_text())
     assert saved["rows"][2]["parameters"] == quarter.parameters

@@ -9,8 +9,8 @@ from transformers import BertConfig, BertModel, BertTokenizer
 WORDS = ("the", "dog", "cat", "sleeps", "runs", "rain", "falls", "on", "house", "a", ".")
 
 
-def save_tiny_bert(directory: Path) -> Path:
-    """Write the model and return its directory."""
+def save_tiny_bert(directory: Path, **settings) -> Path:
+    """Write the model, with these settings of BertConfig too, and return its directory."""
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     vocabulary = {token: index for index, token in enumerate((*specials, *WORDS))}
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=16)
@@ -22,6 +22,7 @@ def save_tiny_bert(directory: Path) -> Path:
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=16,
+        **settings,
     )
     BertModel(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -11,7 +11,9 @@ from lean_kernels.cli.common import Debug
 
 
 def bench(
-    case: Annotated[str, typer.Argument(help="block_sparse_linear or bert_encoder.")],
+    case: Annotated[
+        str, typer.Argument(help="block_sparse_linear, bert_encoder, token_dropping, ...")
+    ],
     suite: Annotated[str | None, typer.Option(help="quick, full, numbers, ...")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The same as --suite quick.")] = False,
     impl: Annotated[str | None, typer.Option(help="Time this implementation of the op.")] = None,

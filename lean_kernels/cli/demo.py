@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lean-kernels demo"""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -17,14 +18,14 @@ from lean_kernels.cli.common import (
 )
 
 
-def _densities(text: str) -> tuple[float, ...]:
+def _numbers(option: str, text: str, valid: Callable[[float], bool], range_: str):
     try:
-        densities = tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        densities = ()
-    if not densities or not all(0 < density <= 1 for density in densities):
-        raise ValueError(f"--densities: expected numbers in (0, 1] with commas, got {text!r}")
-    return tuple(dict.fromkeys(densities))
+        numbers = ()
+    if not numbers or not all(map(valid, numbers)):
+        raise ValueError(f"{option}: expected numbers {range_} with commas, got {text!r}")
+    return tuple(dict.fromkeys(numbers))
 
 
 def demo(
@@ -36,6 +37,9 @@ def demo(
         "out/demo"
     ),
     densities: Annotated[str, typer.Option(help="Fractions kept.")] = "0.9,0.75,0.5,0.35,0.2,0.1",
+    speeds: Annotated[
+        str, typer.Option(help="Of token dropping, 0 packs only; none with an empty string.")
+    ] = "0,1,2,3,4",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes, if time allows.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -49,7 +53,8 @@ def demo(
     from lean_kernels.evaluation import read_texts
 
     check_replaceable(out, comparison.RESULTS, force)
-    chosen = _densities(densities)
+    kept = _numbers("--densities", densities, lambda x: 0 < x <= 1, "in (0, 1]")
+    chosen = _numbers("--speeds", speeds, lambda x: 0 <= x < 100, "from 0 to 100") if speeds else ()
     path = model_path(model)
     lines = read_texts(texts)
     require_transformers()
@@ -61,7 +66,8 @@ def demo(
             path,
             lines,
             out,
-            densities=chosen,
+            densities=kept,
+            speeds=chosen,
             batch_size=batch_size,
             rounds=rounds,
             device=device,
@@ -85,14 +91,15 @@ def _print_comparison(result) -> None:
     from rich.table import Table
 
     table = Table(
-        *("density", "ms", "speed-up", "sparse layers", "parameters"),
+        *("what", "tokens kept", "ms", "speed-up", "sparse layers", "parameters"),
         *("MB on disk", "cosine", "Spearman"),
     )
-    for column in table.columns:
+    for column in table.columns[1:]:
         column.justify = "right"
     for row in result.rows:
         table.add_row(
-            "dense" if row.density is None else f"{row.density:g}",
+            row.what,
+            "-" if row.kept is None else f"{row.kept:.2f}",
             f"{row.milliseconds:.0f}",
             f"{row.speedup:.2f}x",
             f"{row.sparse_layers} of {result.layers}",
@@ -116,7 +123,12 @@ def _print_comparison(result) -> None:
         "came back bit for bit; largest difference of an embedding: "
         f"{result.largest_reload_difference:g}."
     )
+    if any(row.speed is not None for row in result.rows):
+        typer.echo(
+            "packed: no padding, every token stays, exact to rounding. speed: tokens dropped layer "
+            "by layer by a profile measured on these texts; tokens kept: mean over the layers."
+        )
     typer.echo(
-        "These models were pruned by magnitude and not trained: accuracy at low density needs "
-        "training with the blocks dropped, which is what the pruning papers do."
+        "Nothing here was trained after dropping weights or tokens: accuracy at low density or "
+        "high speed needs training with them dropped, which is what the papers do."
     )
