@@ -61,18 +61,18 @@ class _LastHidden(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def _encoder_linears(model: nn.Module) -> list[nn.Linear]:
+def encoder_linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.encoder.modules() if isinstance(module, nn.Linear)]
 
 
-def _masked_model(config: Config, block_shape: tuple[int, int]) -> nn.Module:
+def masked_model(config: Config, block_shape: tuple[int, int]) -> nn.Module:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     settings = BertConfig(**SIZES[config.size], attn_implementation="sdpa")
     model = BertModel(settings, add_pooling_layer=False).eval()
     generator = torch.Generator().manual_seed(0)
-    for linear in _encoder_linears(model):
+    for linear in encoder_linears(model):
         rows, cols = linear.weight.shape
         grid = bsr.grid(rows, cols, block_shape)
         mask = masks.block_mask(config.mask, *grid, config.density, generator)
@@ -141,11 +141,11 @@ def prepare(config: Config, options: Options) -> Workload:
     if options.impl is not None:
         raise ValueError("bert_encoder: times the model as users get it; it has no impl to choose")
     block_shape = tuple(int(size) for size in config.block.split("x"))
-    dense = _masked_model(config, block_shape).to(options.device)
+    dense = masked_model(config, block_shape).to(options.device)
     count = (config.batch, config.tokens)
     ids = torch.randint(dense.config.vocab_size, count, device=options.device)
     inputs = (ids, torch.ones_like(ids))
-    linears = _encoder_linears(dense)
+    linears = encoder_linears(dense)
     recipe = lk.Recipe.from_dict({"linear": {"encoder.*": {"block_shape": list(block_shape)}}})
     lean = lk.convert(copy.deepcopy(dense), recipe)
     layers = [m for m in lean.modules() if isinstance(m, lk.nn.BlockSparseLinear)]
@@ -177,7 +177,7 @@ def prepare(config: Config, options: Options) -> Workload:
         facts={
             "density": density,
             "linears replaced": len(layers) / len(linears),
-            "bytes of dense": _bytes(layers + _encoder_linears(lean)) / _bytes(linears),
+            "bytes of dense": _bytes(layers + encoder_linears(lean)) / _bytes(linears),
         },
         settle=SETTLE,
     )

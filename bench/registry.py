@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-CASES = ("bert_encoder", "block_sparse_linear")
+CASES = ("bert_encoder", "block_sparse_linear", "early_exit", "token_dropping")
 
 
 @dataclass(frozen=True)
