@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what the Triton launchers launch, for GPUs that need not be here.
-
-The launchers run on meta tensors with a recorder in place of each kernel, so the arguments, tiles
-and options compiled are those of a real call; and a launcher that read a tensor's values (a host
-sync on a GPU) would fail.
-"""
+"""Compiles what the Triton launchers of block_sparse_linear launch; see ahead_of_time.py."""
 
 import os
 import re
-import subprocess
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,24 +13,12 @@ if find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import SHARED_KIB, SM80, SM90, Recorder, stack_bytes
 
 from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.ops.block_sparse_linear import triton as kernels
 from lean_kernels.ops.block_sparse_linear.op import ACTIVATIONS
 
-SM80, SM90 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)
-GFX942 = GPUTarget("hip", "gfx942", 64)
-SHARED_KIB = {SM80: 163, SM90: 227, GFX942: 64}
-TYPES = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-}
 NAMES = ("forward", "grad_input", "grad_weight")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -46,43 +27,6 @@ def name(value) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     return str(value).removeprefix("torch.")
-
-
-class Launch(NamedTuple):
-    kernel: triton.runtime.JITFunction
-    arguments: tuple
-    options: dict
-
-    def compile(self, target: GPUTarget):
-        """Compile for `target`, specialised on the arguments as Triton would at run time."""
-        signature, constants, attributes = {}, {}, {}
-        options = dict(self.options)
-        for i, parameter in enumerate(self.kernel.params):
-            key = parameter.name
-            value = self.arguments[i] if i < len(self.arguments) else options.pop(key)
-            special = not parameter.do_not_specialize
-            if isinstance(value, torch.Tensor):
-                signature[key] = TYPES[value.dtype]
-                attributes[(i,)] = [["tt.divisibility", 16]]
-            elif parameter.is_constexpr or value is None or (special and value == 1):
-                signature[key], constants[key] = "constexpr", value
-            else:
-                signature[key] = "i32" if value < 2**31 else "i64"
-                if special and value % 16 == 0:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options)
-
-
-class Recorder:
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.launches.append(Launch(self.kernel, arguments, options))
-
-        return launch
 
 
 @pytest.fixture
@@ -117,17 +61,6 @@ def record(monkeypatch):
         return *matmul.launches, *grad_weight.launches
 
     return run
-
-
-def stack_bytes(compiled, tmp_path) -> int:
-    """Bytes per thread of local memory: where registers are spilled."""
-    if "amdgcn" in compiled.asm:
-        return int(re.search(r"private_segment_fixed_size: (\d+)", compiled.asm["amdgcn"])[1])
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def check(launches, target, dtype, tmp_path) -> list:

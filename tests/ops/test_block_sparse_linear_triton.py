@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numerics of the Triton kernels, on a GPU or, by test_triton_interpreter.py, on the CPU."""
 
-import os
-from importlib.util import find_spec
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import (  # noqa: F401
+    DEVICE,
+    INTERPRETED,
+    guarded_empty,
+    mend_bfloat16,
+    on_gpu,
+    quick_device_functions,
+    skip_where_nothing_runs,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-if find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if DEVICE == "cpu" and not INTERPRETED:
-    pytest.skip(
-        "no GPU; test_triton_interpreter.py runs this file on the CPU", allow_module_level=True
-    )
+skip_where_nothing_runs()
 
 from lean_kernels.ops import block_sparse_linear  # noqa: E402
 from lean_kernels.ops.block_sparse_linear import bsr, reference, triton  # noqa: E402
@@ -25,58 +23,13 @@ from lean_kernels.ops.block_sparse_linear.op import ACTIVATIONS  # noqa: E402
 BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (64, 16), (256, 16), (16, 256)]
 NARROW_BLOCKS = [(1, 16), (16, 1), (4, 16), (2, 8)]
 HALVES = [torch.bfloat16, torch.float16]
-GUARD = 64
 # exp(-z) may overflow where 1 / (1 + exp(-z)) is 0; only the interpreter says so.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def guarded_empty(monkeypatch):
-    """Make torch.empty return NaN between NaN guards, and check that no guard was written."""
-    plain, guarded = torch.empty, []
-
-    def empty(*size, dtype=None, **kwargs):
-        dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            return plain(*size, dtype=dtype, **kwargs)
-        size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        flat = plain(size.numel() + 2 * GUARD, dtype=dtype, **kwargs).fill_(torch.nan)
-        guarded.append(flat)
-        return flat[GUARD : GUARD + size.numel()].view(size)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for flat in guarded:
-        assert bool(flat[:GUARD].isnan().all()) and bool(flat[-GUARD:].isnan().all())
 
 
 @pytest.fixture(autouse=True)
 def bfloat16_in_the_interpreter(monkeypatch):
-    """Give the interpreter what it lacks: products of bfloat16, and rounding to nearest."""
-    if not INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def cast_impl(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
-            rounded = torch.tensor(src.data).bfloat16()
-            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-        return plain_cast(self, src, dst_type)
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (plain_cast(self, operand, tl.float32) for operand in (a, b))
-        return plain_dot(self, a, b, *rest)
-
-    for name in ("cast_impl", "create_fp_trunc"):
-        monkeypatch.setattr(InterpreterBuilder, name, cast_impl)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    every = (*triton._INTERPRETER_DTYPES, torch.bfloat16)
-    monkeypatch.setattr(triton, "_INTERPRETER_DTYPES", every)
+    mend_bfloat16(monkeypatch, triton)
 
 
 def uneven_mask(block_rows: int, block_cols: int) -> torch.Tensor:
