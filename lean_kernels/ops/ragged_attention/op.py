@@ -201,7 +201,8 @@ def ragged_attention(
         key, value: [T_k, H_kv, D] in query's dtype, H a multiple of H_kv (grouped heads).
         cu_seqlens: int32 [B + 1], rising from 0 to T; sequence b has rows cu[b] to cu[b + 1] - 1.
             Empty sequences are fine.
-        max_seqlen: longest sequence, if known; a hint for the choice of tiles on GPU.
+        max_seqlen: longest sequence, if known. It picks the kernels on GPU, where short sequences
+            need it to be fast, and where those longer than it may come back as NaN.
         cu_seqlens_k: int32 [B + 1], the same for keys; None: keys lie as the queries do.
         causal: a query sees no key after its own position.
         window: (left, right), how many positions before and after its own a query sees; -1: all.
