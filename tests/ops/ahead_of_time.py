@@ -23,7 +23,10 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
 }
 
 

@@ -14,7 +14,7 @@ _MOST_FEATURES = 1 << 16  # beyond, a row no longer fits the registers of a prog
 
 
 @triton.jit(do_not_specialize=["rows", "x_rows"])
-def _kernel(
+def _norm_kernel(
     x_ptr,  # [x_rows, features] in strides
     residual_ptr,  # like x, or None
     weight_ptr,  # [features]
@@ -101,7 +101,7 @@ def forward(
     rows = y.numel() // features
     tiles = config(features)
     with torch.cuda.device_of(x):
-        _kernel[(triton.cdiv(rows, tiles["BLOCK_M"]),)](
+        _norm_kernel[(triton.cdiv(rows, tiles["BLOCK_M"]),)](
             x,
             residual,
             weight.contiguous(),
