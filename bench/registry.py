@@ -12,7 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-CASES = ("bert_encoder", "block_sparse_linear", "early_exit", "token_dropping")
+CASES = (
+    "bert_encoder",
+    "block_sparse_linear",
+    "early_exit",
+    "token_compaction",
+    "token_dropping",
+)
 
 
 @dataclass(frozen=True)
