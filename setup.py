@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds csrc/ into lean_kernels/_C.abi3.so. A build that cannot compile installs pure Python.
+"""Builds csrc/ into lean_kernels/_C.abi3.so and, where there is nvcc, _C_cuda.abi3.so.
 
+What cannot be compiled is left out, and the reason kept.
 LEAN_KERNELS_BUILD=none skips the build; =required turns a failed build into an error.
 LEAN_KERNELS_SANITIZE=1 adds address and undefined-behaviour sanitizers.
 """
@@ -8,55 +9,66 @@ LEAN_KERNELS_SANITIZE=1 adds address and undefined-behaviour sanitizers.
 import json
 import os
 import platform
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11; later ones load it too
-COMMON = [
-    "csrc/register_cpu.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/add_layer_norm.cpp",
-    "csrc/cpu/block_sparse_linear.cpp",
-    "csrc/cpu/ragged_attention.cpp",
-    "csrc/cpu/isa/generic.cpp",
-    "csrc/cpu/token_selection.cpp",
+OPS = ("add_layer_norm", "block_sparse_linear", "ragged_attention", "token_selection")
+COMMON = ["csrc/register_cpu.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/isa/generic.cpp"]
+COMMON += [f"csrc/cpu/{op}.cpp" for op in OPS]
+CUDA = ["csrc/cuda/token_compaction.cu", "csrc/register_cuda.cpp"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
+X86 = {"csrc/cpu/isa/avx2.cpp": AVX2}
+X86["csrc/cpu/isa/avx512.cpp"] = [*AVX512, *AVX2[1:], "-mprefer-vector-width=512"]
+COMMON += X86 if platform.machine().lower() in ("x86_64", "amd64") else ()
+CUDA_HOME = os.environ.get("CUDA_HOME")
+NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"),
+    *("-gencode", "arch=compute_80,code=[sm_80,compute_80]"),
+    *("-gencode", "arch=compute_90a,code=sm_90a", "--threads", "2"),
+    *("-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
 ]
-X86 = {
-    "csrc/cpu/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/isa/avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
-}
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# -O0: optimising what they add to the unrolled tiles would take many minutes.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O0"]
 
 
 class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set; records why it could not."""
 
     def run(self) -> None:
-        reason, inplace = None, self.inplace  # run() clears inplace, and a failure leaves it so
-        mode = os.environ.get("LEAN_KERNELS_BUILD", "auto")
-        if mode == "none":
-            reason = "LEAN_KERNELS_BUILD=none when the package was built"
-        else:
+        given, extensions, built, reasons = vars(self).copy(), self.extensions, [], {}
+        mode = os.environ.get("LEAN_KERNELS_BUILD")
+        skipped = "LEAN_KERNELS_BUILD=none when the package was built" if mode == "none" else None
+        for name, extension in zip(("cpu", "cuda"), extensions, strict=True):
+            extension.py_limited_api = True
+            reason = skipped
+            if not reason and name == "cuda" and not (NVCC and built):
+                reason = "no C++ compiler, or no nvcc under CUDA_HOME or on PATH"
+            vars(self).update(given, extensions=[extension])  # run() changes compiler and inplace
             try:
-                self.use_torch()
-                super().run()
+                if reason is None:
+                    self.use_torch(extension)
+                    super().run()
+                    built.append(extension)
             except Exception as error:
                 if mode == "required":
                     raise
                 reason = f"the build failed: {type(error).__name__}: {error}"
-                print(f"lean_kernels: installing without compiled kernels; {reason}")
-                self.extensions = []
-        package = Path("." if inplace else self.build_lib) / "lean_kernels"
-        package.mkdir(parents=True, exist_ok=True)
-        (package / "_build_info.json").write_text(json.dumps({"cpu": reason}) + "\n")
+            reasons[name] = reason
+        self.extensions = built
+        print("lean_kernels: built, or why not:", reasons)
+        info = Path("." if given["inplace"] else self.build_lib, "lean_kernels/_build_info.json")
+        info.parent.mkdir(parents=True, exist_ok=True)
+        info.write_text(json.dumps(reasons) + "\n")
 
-    def use_torch(self) -> None:
+    def use_torch(self, extension: Extension) -> None:
         try:
             import torch
             from torch.utils.cpp_extension import include_paths
@@ -65,16 +77,20 @@ class BuildKernels(build_ext):
                 f"torch is not importable where the package is built ({error}); install torch, "
                 "then: pip install --no-build-isolation ."
             ) from None
-        extension = self.extensions[0]
         extension.include_dirs = include_paths()
         extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]
         extension.libraries = ["torch_cpu"]
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("_cuda"):
+            path = self.get_ext_fullpath(ext.name)
+            if self.force or newer_group([*ext.sources, *ext.depends], path):
+                self.mkpath(str(Path(path).parent))
+                torch = [*(f"-I{d}" for d in ext.include_dirs), f"-L{ext.library_dirs[0]}"]
+                self.spawn([NVCC, *NVCC_FLAGS, *ext.sources, *torch, "-ltorch_cpu", "-o", path])
+            return
         compile_one = self.compiler.compile
-        # Optimising what the sanitizers add to the unrolled tiles would take many minutes.
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O0"]
-        sanitize = sanitize if os.environ.get("LEAN_KERNELS_SANITIZE") == "1" else []
+        sanitize = SANITIZE if os.environ.get("LEAN_KERNELS_SANITIZE") == "1" else []
 
         def compile_each(sources, extra_postargs=None, **kwargs):
             def one(source):
@@ -89,26 +105,13 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
+FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000"]
+FLAGS += ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+CPU, GPU = ([str(p) for p in Path("csrc").rglob(kind)] for kind in ("*.h", "*.cuh"))  # headers
 setup(
     ext_modules=[
-        Extension(
-            "lean_kernels._C",
-            sources=[*COMMON, *(X86 if IS_X86 else ())],
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET),
-                ("Py_LIMITED_API", "0x030a0000"),
-            ],
-            extra_compile_args=[
-                "-std=c++20",
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wno-psabi",
-            ],
-            py_limited_api=True,
-        )
+        Extension("lean_kernels._C", COMMON, extra_compile_args=FLAGS, depends=CPU),
+        Extension("lean_kernels._C_cuda", CUDA, depends=GPU),
     ],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

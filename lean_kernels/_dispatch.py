@@ -12,6 +12,7 @@ from torch import Tensor
 from lean_kernels import _extension
 
 _cpu_missing = _extension.load_cpu()  # here, since torch.compile cannot trace it
+_cuda_missing = _extension.load_cuda()
 
 
 class Impl(str, Enum):
@@ -40,16 +41,24 @@ def resolve(op: str, impl: "Impl | str | None", choices: tuple[Impl, ...]) -> "I
 class Kernel:
     """The raw op lean_kernels::<name>: schema, fake, reference and Triton launcher.
 
-    Compiled kernels register themselves for CPU when the extension loads.
+    Compiled kernels register themselves for CPU, and some for CUDA, when the extensions load.
 
     Args:
         reference: plain PyTorch, the same arguments; runs where nothing else is registered.
         fake: the outputs' shapes and dtypes.
         triton: "module:function" of the launcher; imported at its first call.
+        cuda: there is a CUDA C++ kernel too, the better one where it is loaded.
     """
 
     def __init__(
-        self, name: str, schema: str, *, reference: Callable, fake: Callable, triton: str
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable,
+        fake: Callable,
+        triton: str,
+        cuda: bool = False,
     ) -> None:
         def launch(*args):
             module, _, function = triton.partition(":")
@@ -59,7 +68,8 @@ class Kernel:
         torch.library.define(op, schema)
         torch.library.impl(op, "CompositeExplicitAutograd", reference)
         torch.library.register_fake(op, fake)
-        if find_spec("triton") is not None:
+        self.compiled_for_cuda = cuda and _cuda_missing is None
+        if find_spec("triton") is not None and not self.compiled_for_cuda:
             torch.library.impl(op, "CUDA", launch)
         self._reference = reference
         self._triton = launch
@@ -69,15 +79,16 @@ class Kernel:
         """What to call for a resolved `impl` on a type of device."""
         if impl is Impl.REFERENCE:
             return self._reference
-        # On CUDA the registered op is the Triton kernel; torch.compile sees through that alone.
-        return self._triton if impl is Impl.TRITON and device == "cpu" else self._best
+        # torch.compile sees through the registered op alone: on CUDA mostly the Triton kernel.
+        registered = device != "cpu" and not self.compiled_for_cuda
+        return self._triton if impl is Impl.TRITON and not registered else self._best
 
 
 def check_impl(op: str, impl: Impl | None, device: torch.device) -> None:
     """Refuse an explicit implementation that cannot run here.
 
     Raises:
-        ValueError: a CPU kernel for tensors elsewhere.
+        ValueError: a CPU or CUDA kernel for tensors elsewhere.
         RuntimeError: it is not installed.
     """
     if impl is Impl.TRITON and find_spec("triton") is None:
@@ -87,6 +98,11 @@ def check_impl(op: str, impl: Impl | None, device: torch.device) -> None:
             raise ValueError(f"{op}: impl 'cpu' needs CPU tensors, got {device}")
         if _cpu_missing is not None:
             raise RuntimeError(f"{op}: impl 'cpu' is not available: {_cpu_missing}")
+    if impl is Impl.CUDA:
+        if _cuda_missing is not None:
+            raise RuntimeError(f"{op}: impl 'cuda' is not available: {_cuda_missing}")
+        if device.type != "cuda":
+            raise ValueError(f"{op}: impl 'cuda' needs CUDA tensors, got {device}")
 
 
 def check_devices(op: str, **tensors: Tensor | None) -> None:

@@ -11,14 +11,14 @@ import torch
 _PACKAGE = Path(__file__).parent
 
 
-def _build_reason() -> str:
+def _build_reason(kernels: str, tools: str) -> str:
     """What the build left as its reason for not compiling, or a guess that names the fix."""
     try:
-        reason = json.loads((_PACKAGE / "_build_info.json").read_text()).get("cpu")
+        reason = json.loads((_PACKAGE / "_build_info.json").read_text()).get(kernels)
     except (OSError, ValueError):
         reason = None
     return reason or (
-        "not built; reinstall with a C++ compiler and torch present: "
+        f"not built; reinstall with {tools} and torch present: "
         "pip install --no-build-isolation lean_kernels"
     )
 
@@ -28,8 +28,26 @@ def load_cpu() -> str | None:
     """Load the CPU kernels once. Returns None when they are loaded, else the reason why not."""
     path = _PACKAGE / "_C.abi3.so"
     if not path.exists():
-        return _build_reason()
+        return _build_reason("cpu", "a C++ compiler")
     try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} could not be loaded: {error}"
+    return None
+
+
+@cache
+def load_cuda() -> str | None:
+    """Load the CUDA kernels once. Returns None when they are loaded, else the reason why not."""
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    path = _PACKAGE / "_C_cuda.abi3.so"
+    if not path.exists():
+        return _build_reason("cuda", "nvcc")
+    try:
+        # A build against torch for CPU does not name the library that has the current stream.
+        library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.name} could not be loaded: {error}"

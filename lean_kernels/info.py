@@ -75,6 +75,9 @@ def _backend(name: str) -> str:
         return "yes"
     if name == "cpu":
         return import_module("lean_kernels._extension").load_cpu() or "yes"
+    if name == "cuda":
+        missing = import_module("lean_kernels._extension").load_cuda()
+        return missing or ("yes" if _torch("cuda.is_available") else "torch sees no GPU")
     if name == "triton":
         if find_spec("triton") is None:
             return "triton is not installed: pip install triton"
