@@ -35,7 +35,7 @@ def table(records: Iterable[Mapping]) -> dict[str, dict[str, float]]:
     slowest: dict = defaultdict(dict)
     for record in records:
         config = record["config"]
-        if config.get("mode") != "forward" or config["m"] != ROWS or "ratios" not in record:
+        if config.get("mode") != "forward" or config.get("m") != ROWS or "ratios" not in record:
             continue
         speeds = slowest[config["dtype"], config["block"]]
         density, speed = config["density"], record["ratios"]["dense"]

@@ -16,6 +16,7 @@ CASES = (
     "bert_encoder",
     "block_sparse_linear",
     "early_exit",
+    "ragged_attention",
     "token_compaction",
     "token_dropping",
 )

@@ -17,9 +17,9 @@ constexpr const char* kOp = "ragged_attention";
 
 // Query rows per task, a multiple of every chunk; a sequence has at most kMostSegments tasks per
 // key head. Neither may depend on the number of threads: partial scores add up per task.
-constexpr int64_t kSegmentRows = 192, kMostSegments = 8;
+constexpr int64_t kSegmentRows = 288, kMostSegments = 8;
 constexpr double kSerialFlop = 5e5;  // below this a second thread costs more than it brings
-constexpr double kUnitFlop = 1e6;  // work handed out at a time
+constexpr double kUnitFlop = 4e6;  // most work handed out at a time, unless one task is more
 constexpr int64_t kFarthest = int64_t(1) << 33;  // beyond any distance of int32 positions
 
 ScalarType wide_of(Dtype dtype) {
@@ -151,9 +151,11 @@ void run_longest_first(const Attention& p, std::vector<AttentionTask>& tasks, do
   for (const AttentionTask& t : tasks) total += weight * flop_of(p, t);
   const int64_t threads = total < kSerialFlop ? 1 : torch::stable::get_num_threads();
   if (threads == 1) {
-    for (const AttentionTask& t : tasks) run(t);
+    for (size_t i = 0; i < tasks.size(); ++i)
+      run(tasks[i], i + 1 < tasks.size() ? &tasks[i + 1] : nullptr);
     return;
   }
+  const double most = std::min(kUnitFlop, total / double(8 * threads));
   std::vector<std::pair<double, int64_t>> order;
   for (size_t i = 0; i < tasks.size(); ++i) order.emplace_back(-flop_of(p, tasks[i]), i);
   std::sort(order.begin(), order.end());
@@ -161,13 +163,15 @@ void run_longest_first(const Attention& p, std::vector<AttentionTask>& tasks, do
   double work = 0;
   for (size_t i = 0; i < order.size(); ++i) {
     work -= weight * order[i].first;
-    if (work >= kUnitFlop || i + 1 == order.size()) {
+    if (work >= most || i + 1 == order.size()) {
       units.push_back(int64_t(i) + 1);
       work = 0;
     }
   }
   run_tasks(int64_t(units.size()) - 1, threads, [&](int64_t unit) {
-    for (int64_t i = units[unit]; i < units[unit + 1]; ++i) run(tasks[order[i].second]);
+    for (int64_t i = units[unit]; i < units[unit + 1]; ++i)
+      run(tasks[order[i].second],
+          i + 1 < units[unit + 1] ? &tasks[order[i + 1].second] : nullptr);
   });
 }
 
@@ -230,8 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(
     call.scores = partial->mutable_data_ptr();
   }
   const AttentionKernels& kernels = cpu_kernels().attention[p.dtype];
-  run_longest_first(call, tasks, 1, [&](const AttentionTask& t) {
-    kernels.forward(call, t, thread_scratch(kernels.forward_scratch(call, t)));
+  run_longest_first(call, tasks, 1, [&](const AttentionTask& t, const AttentionTask* next) {
+    kernels.forward(call, t, next, thread_scratch(kernels.forward_scratch(call, t)));
   });
 
   const int64_t keys = key_scores ? key.size(0) : 0;
@@ -293,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_grad(
     for (int64_t h = 0; h < p.key_heads; ++h) tasks.push_back({s, h, 0, s.rows, 0, s.keys, 0});
   }
   const AttentionKernels& kernels = cpu_kernels().attention[p.dtype];
-  run_longest_first(call, tasks, 2.5, [&](const AttentionTask& t) {
+  run_longest_first(call, tasks, 2.5, [&](const AttentionTask& t, const AttentionTask*) {
     kernels.grad(call, t, thread_scratch(kernels.grad_scratch(call, t)));
   });
   return {dq, dk, dv};

@@ -98,7 +98,9 @@ inline Span keys_within(const Attention& p, const Sequence& s, int64_t row, int6
 // One instruction set's kernels for one storage type. Scratch in bytes.
 struct AttentionKernels {
   size_t (*forward_scratch)(const Attention&, const AttentionTask&);
-  void (*forward)(const Attention&, const AttentionTask&, void* scratch);
+  // `next`: the task this thread takes up after this one, or null.
+  void (*forward)(const Attention&, const AttentionTask&, const AttentionTask* next,
+                  void* scratch);
   size_t (*grad_scratch)(const Attention&, const AttentionTask&);
   void (*grad)(const Attention&, const AttentionTask&, void* scratch);
 };

@@ -7,29 +7,6 @@
 namespace lean_kernels {
 namespace {
 
-// a and b folded into one vector: where `step` is set in a lane's number come sums of b's pairs of
-// lanes `step` apart, elsewhere those of a's.
-template <int step, class A, int... lane>
-LK_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
-  constexpr int W = sizeof...(lane);
-  return __builtin_shufflevector(a, b, ((lane & step ? W : 0) + (lane & ~step))...) +
-         __builtin_shufflevector(a, b, ((lane & step ? W : 0) + (lane | step))...);
-}
-
-// Adds up the lanes of W vectors, always by the same tree: lane i of the result is the sum of v[i].
-template <class A, int step = 1>
-LK_INLINE Vec<A> sum_lanes(Vec<A> (&v)[kLanes<A>]) {
-  constexpr int W = kLanes<A>;
-  if constexpr (step == W) {
-    return v[0];
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < W / (2 * step); ++i)
-      v[i] = fold<step, A>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, W>());
-    return sum_lanes<A, 2 * step>(v);
-  }
-}
-
 // A matrix as the sums read it. Element (o, i) of entry e is
 // values[at(e) * block_stride + o * out_stride + i * in_stride], at(e) = position[e] or e.
 template <class A>
@@ -84,7 +61,7 @@ void sum_lanes_in(const Weights<A>& w, int64_t begin, int64_t end, const A* x, i
                 acc[j * (W / O) + i] += xs * load(wb + j * w.out_stride + k);
             }
         }
-        put_sums<O, A>(sum_lanes<A>(acc), sums + r);
+        put_sums<O, A>(reduce_lanes<A>(acc, [](Vec<A> a, Vec<A> b) { return a + b; }), sums + r);
       }
   }
 }

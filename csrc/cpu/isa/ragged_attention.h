@@ -15,10 +15,14 @@
 namespace lean_kernels {
 namespace {
 
-constexpr int64_t kChunkPanels = 8;                      // row panels per chunk
-constexpr int64_t kChunkRows = kChunkPanels * kWideRows;  // query rows that share a pass over keys
+// Panels of query rows that share a pass over the keys: few keep a chunk's scores in L1 or L2, many
+// spare passes over the gradients of keys and values.
+constexpr int64_t kForwardPanels = 4, kGradPanels = 8;
+constexpr int64_t kChunkPanels = kGradPanels, kChunkRows = kChunkPanels * kWideRows;
 constexpr int64_t kChunkBytes = 16 << 20;  // scores of a chunk; longer rows get fewer of them
 constexpr int64_t kKeyBlock = 256;         // keys per pass over the values
+constexpr int64_t kMostPrefetchedKeys = 256;  // the rows of longer sequences would not stay in L2
+constexpr int64_t kRowsAhead = 16;            // asked for while packing
 
 LK_INLINE int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 template <class T>
@@ -28,45 +32,71 @@ LK_INLINE T max_of(T a, T b) {
 
 // ---- softmax in base 2 --------------------------------------------------------------------------
 
-// 2^x for x <= 0, relative error 1.6e-7; 0 below -125. NaN passes through.
-LK_INLINE Vec<float> exp2_of(Vec<float> x) {
-  const Vec<float> round = splat(0x1.8p23f), shifted = x + round, r = x - (shifted - round);
-  Vec<float> p = r * splat(1.326472726e-03f) + splat(9.671512700e-03f);
-  p = p * r + splat(5.550733744e-02f);
-  p = p * r + splat(2.402224208e-01f);
-  p = p * r + splat(6.931469776e-01f);
-  p = p * r + splat(1.0f);
-  const IntVec exponent = ((IntVec)shifted + 127) << 23;
-  return x < splat(-125.0f) ? splat(0.0f) : p * (Vec<float>)exponent;
+// x <- 2^x for x <= 0, relative error 1.6e-7; 0 below -126.5. NaN passes through. Step by step for
+// all vectors, since a processor's schedulers do not look far enough ahead to mix whole chains.
+template <int count>
+LK_INLINE void exp2_each(Vec<float> (&x)[count]) {
+  // Adding `round` leaves the nearest integer, plus the bias of an exponent, in the mantissa's low
+  // bits; shifted into the exponent's place, -127 makes a zero.
+  const Vec<float> round = splat(0x1.8p23f + 127), least = splat(-127.0f);
+  Vec<float> shifted[count], r[count], p[count];
+  const auto each = [](auto f) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) f(i);
+  };
+  each([&](int i) { x[i] = least > x[i] ? least : x[i]; });
+  each([&](int i) { shifted[i] = x[i] + round; });
+  each([&](int i) { r[i] = shifted[i] - round; });
+  each([&](int i) { r[i] = x[i] - r[i]; });
+  each([&](int i) { p[i] = r[i] * splat(1.326472726e-03f) + splat(9.671512700e-03f); });
+  each([&](int i) { p[i] = p[i] * r[i] + splat(5.550733744e-02f); });
+  each([&](int i) { p[i] = p[i] * r[i] + splat(2.402224208e-01f); });
+  each([&](int i) { p[i] = p[i] * r[i] + splat(6.931469776e-01f); });
+  each([&](int i) { p[i] = p[i] * r[i] + splat(1.0f); });
+  each([&](int i) { x[i] = p[i] * (Vec<float>)((IntVec)shifted[i] << 23); });
 }
-LK_INLINE Vec<double> exp2_of(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp2(x[i]);
+template <int count>
+LK_INLINE void exp2_each(Vec<double> (&x)[count]) {
+  for (int i = 0; i < count; ++i)
+    for (int lane = 0; lane < kLanes<double>; ++lane) x[i][lane] = ::exp2(x[i][lane]);
+}
+
+// ln x for x >= 1, absolute error 5e-8 + half a unit; 0 gives -inf, NaN stays.
+LK_INLINE Vec<float> log_of(Vec<float> x) {
+  const IntVec bits = (IntVec)x, shift = (bits - 0x3f3504f3) >> 23;  // x = m 2^shift, m near 1
+  const Vec<float> f = (Vec<float>)(bits - (shift << 23)) - splat(1.0f);
+  Vec<float> p = f * splat(8.700439029e-02f) + splat(-1.426748956e-01f);
+  p = p * f + splat(1.491476801e-01f);
+  p = p * f + splat(-1.657758440e-01f);
+  p = p * f + splat(1.996306377e-01f);
+  p = p * f + splat(-2.500133704e-01f);
+  p = p * f + splat(3.333391074e-01f);
+  p = p * f + splat(-0.5f);
+  const Vec<float> exponent = __builtin_convertvector(shift, Vec<float>);
+  const Vec<float> y = exponent * splat(0.693147181f) + (p * (f * f) + f);
+  return x > splat(0.0f) ? y : (x == splat(0.0f) ? splat(-__builtin_inff()) : x);
+}
+LK_INLINE Vec<double> log_of(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::log(x[i]);
   return x;
 }
 
 template <class A>
-LK_INLINE Vec<A> lanes_from(int64_t first) {
+LK_INLINE Vec<A> lane_numbers() {
   Vec<A> v;
-  for (int i = 0; i < kLanes<A>; ++i) v[i] = A(first + i);
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = A(i);
   return v;
 }
 
-// Which of the lanes at columns [at, at + W) lie in [span.begin, span.end): all bits set.
+// Which of the columns [at, at + W) lie in the span: all bits set.
 template <class A>
 LK_INLINE auto lanes_inside(int64_t at, Span span) {
   constexpr int64_t W = kLanes<A>;
-  const Vec<A> lane = lanes_from<A>(0);
   const A begin = A(max_of<int64_t>(span.begin - at, 0));
   const A end = A(max_of<int64_t>(min_of(span.end - at, W), 0));
-  return (lane >= splat(begin)) & (lane < splat(end));
+  return (lane_numbers<A>() >= splat(begin)) & (lane_numbers<A>() < splat(end));
 }
 
-template <class A>
-LK_INLINE A max_lane(Vec<A> v) {
-  A m = v[0];
-  for (int i = 1; i < kLanes<A>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
 template <class A>
 LK_INLINE A sum_of_lanes(Vec<A> v) {
   A lanes[kLanes<A>];
@@ -89,48 +119,83 @@ LK_INLINE void fill_outside(A* s, Span span, Span seen, A value) {
   for (; j < span.end; j += W) fix(j);
 }
 
-// s [columns] <- 2^(s - largest) over `span`, 0 outside of `seen`. Returns the logarithm of the sum
-// of 2^s, and its parts.
-template <class A>
-struct RowSum {
-  A largest, sum;
-};
-template <class A>
-LK_INLINE RowSum<A> exponentials(A* s, Span span, Span seen) {
-  constexpr int W = kLanes<A>;
-  const A lowest = -__builtin_inf();
-  if (seen.begin > span.begin || seen.end < span.end) fill_outside<A>(s, span, seen, lowest);
-  Vec<A> top[2] = {splat(lowest), splat(lowest)};
-  int64_t j = span.begin;
-  for (; j + 2 * W <= span.end; j += 2 * W)
-    for (int i = 0; i < 2; ++i) {
-      const Vec<A> v = load(s + j + i * W);
-      top[i] = top[i] > v ? top[i] : v;
-    }
-  for (; j < span.end; j += W) {
-    const Vec<A> v = load(s + j);
-    top[0] = top[0] > v ? top[0] : v;
-  }
-  A largest = max_lane<A>(top[0] > top[1] ? top[0] : top[1]);
-  const Vec<A> shift = splat(largest == lowest ? A(0) : largest);
-  Vec<A> sums[4] = {};
-  j = span.begin;
-  for (; j + 4 * W <= span.end; j += 4 * W)
+// Count vectors of s become 2^(s - shift); adds them to sum.
+template <int count, class A>
+LK_INLINE void exponentiate(A* s, Vec<A> shift, Vec<A>& sum) {
+  Vec<A> v[count] = {};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Vec<A> v = exp2_of(load(s + j + i * W) - shift);
-      sums[i] += v;
-      store(s + j + i * W, v);
+  for (int i = 0; i < count; ++i) v[i] = load(s + i * kLanes<A>) - shift;
+  exp2_each(v);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) store(s + i * kLanes<A>, v[i]);
+#pragma GCC unroll 4
+  for (int i = 1; i < count; ++i) v[0] += v[i];
+  sum += v[0];
+}
+
+// Up to W rows s [rows, columns] <- 2^(s - largest of the row) over the columns of `span`, 0 for
+// keys the row does not see: those past `keys`, and with `seen` those outside its span. Gives the
+// factor that normalises each row (0 where nothing is seen) and the natural logarithm of the sum
+// of 2^s. `factors` and `lse` take W values.
+template <class A>
+void softmax(A* s, int64_t stride, int64_t rows, Span span, int64_t keys, const Span* seen,
+             A* factors, A* lse) {
+  constexpr int W = kLanes<A>;
+  const A lowest = -A(__builtin_inf());
+  const bool ragged = span.end > keys;
+  const auto inside = lane_numbers<A>() < splat(A(keys - (span.end - W)));
+  Vec<A> top[W];
+  for (int64_t r = 0; r < rows; ++r) {
+    A* row = s + r * stride;
+    if (seen) {
+      fill_outside(row, span, seen[r], lowest);
+    } else if (ragged) {
+      A* tail = row + span.end - W;
+      store(tail, inside ? load(tail) : splat(lowest));
     }
-  for (; j < span.end; j += W) {
-    const Vec<A> v = exp2_of(load(s + j) - shift);
-    sums[0] += v;
-    store(s + j, v);
+    Vec<A> even = splat(lowest), odd = even;
+    int64_t j = span.begin;
+    for (; j + 2 * W <= span.end; j += 2 * W) {
+      const Vec<A> first = load(row + j), second = load(row + j + W);
+      even = even > first ? even : first;
+      odd = odd > second ? odd : second;
+    }
+    if (j < span.end) {
+      const Vec<A> last = load(row + j);
+      even = even > last ? even : last;
+    }
+    top[r] = even > odd ? even : odd;
   }
-  return {largest, sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]))};
+  for (int64_t r = rows; r < W; ++r) top[r] = splat(A(0));
+  const Vec<A> largest = reduce_lanes<A>(top, [](Vec<A> a, Vec<A> b) { return a > b ? a : b; });
+  A shifts[W];
+  store(shifts, largest == splat(lowest) ? splat(A(0)) : largest);
+  Vec<A> sums[W];
+  for (int64_t r = 0; r < rows; ++r) {
+    A* row = s + r * stride;
+    const Vec<A> shift = splat(shifts[r]);
+    Vec<A> sum = {};
+    int64_t j = span.begin;
+    for (; j + 4 * W <= span.end; j += 4 * W) exponentiate<4>(row + j, shift, sum);
+    if (j + 2 * W <= span.end) {
+      exponentiate<2>(row + j, shift, sum);
+      j += 2 * W;
+    }
+    if (j < span.end) exponentiate<1>(row + j, shift, sum);
+    sums[r] = sum;
+  }
+  for (int64_t r = rows; r < W; ++r) sums[r] = splat(A(1));
+  const Vec<A> sum = reduce_lanes<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
+  store(factors, sum == splat(A(0)) ? splat(A(0)) : splat(A(1)) / sum);
+  store(lse, largest * splat(A(0.6931471805599453)) + log_of(sum));
 }
 
 // ---- packing ------------------------------------------------------------------------------------
+
+template <class S>
+LK_INLINE void prefetch_row(const S* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + i, 0, 3);
+}
 
 // One row as accumulators, `width` >= dim of them, zeros past the end.
 template <class S, class A>
@@ -169,20 +234,40 @@ void pack_panel_of_keys(const S* from, int64_t ld, int64_t rows, int64_t dim, A*
 template <class S, class A>
 void pack_keys(const S* from, int64_t ld, int64_t rows, int64_t dim, A* to) {
   constexpr int W = kLanes<A>;
-  for (int64_t j = 0; j < rows; j += 2 * W)
+  for (int64_t j = 0; j < rows; j += 2 * W) {
+    for (int64_t i = j + kRowsAhead; i < min_of(j + kRowsAhead + 2 * W, rows); ++i)
+      prefetch_row(from + i * ld, dim);
     pack_panel_of_keys(from + j * ld, ld, min_of<int64_t>(rows - j, 2 * W), dim, to + j * dim,
                        rows - j > W ? 2 * W : W);
+  }
 }
 
-// Rows [rows, dim] as strips of 2 W columns, the last one of W if they suffice, zeros past the
-// edge: strip of column c at c * rows.
+// Rows [rows, dim] cut into strips of 2 W columns, the last one of W if they suffice. The strip of
+// column c starts at data + c * step, and its rows are `ld` apart, or packed where ld is 0.
+template <class A>
+struct Strips {
+  const A* data;
+  int64_t step, ld;
+};
+
+// Packs them, zeros past the edge.
 template <class S, class A>
-void pack_strips(const S* from, int64_t ld, int64_t rows, int64_t dim, A* to) {
+Strips<A> pack_strips(const S* from, int64_t ld, int64_t rows, int64_t dim, A* to) {
   constexpr int W = kLanes<A>;
-  for (int64_t c = 0; c < dim; c += 2 * W) {
-    const int64_t width = dim - c > W ? 2 * W : W, here = min_of<int64_t>(dim - c, width);
-    for (int64_t j = 0; j < rows; ++j) pack_row(from + j * ld + c, here, to + c * rows + j * width, width);
+  for (int64_t j = 0; j < rows; ++j, from += ld) {
+    if (j + kRowsAhead < rows) prefetch_row(from + kRowsAhead * ld, dim);
+    for (int64_t c = 0; c < dim; c += 2 * W) {
+      const int64_t width = dim - c > W ? 2 * W : W;
+      pack_row(from + c, min_of<int64_t>(dim - c, width), to + c * rows + j * width, width);
+    }
   }
+  return {to, rows, 0};
+}
+
+// Whether vectors may be read from and written to rows of storage as they are.
+template <class S, class A>
+bool whole_vectors(int64_t dim) {
+  return sizeof(S) == sizeof(A) && dim % kLanes<A> == 0;
 }
 
 // ---- register tiles -----------------------------------------------------------------------------
@@ -198,24 +283,24 @@ void tile_of_scores(const A* a, int64_t lda, const A* b, int64_t depth, A multip
     Vec<A> w[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) w[v] = load(b + (k * V + v) * W);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       const A x = a[r * lda + k];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] += w[v] * x;
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v] * multiplier);
 }
 
 // out [R, V vectors] (+)= sum over k of a(r, k) b[k], where a(r, k) is a[r * lda + k], or
-// a[r + k * lda] if kAcross.
+// a[r + k * lda] if kAcross; times factors[r] where there are any.
 template <class A, int R, int V, bool kAcross>
 void tile_of_sums(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, A* out,
-                  int64_t ldo, bool add) {
+                  int64_t ldo, bool add, const A* factors) {
   constexpr int W = kLanes<A>;
   Vec<A> acc[R][V] = {};
 #pragma GCC unroll 4
@@ -235,16 +320,21 @@ void tile_of_sums(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t dept
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       A* to = out + r * ldo + v * W;
-      store(to, add ? load(to) + acc[r][v] : acc[r][v]);
+      if (factors) {
+        store(to, acc[r][v] * factors[r]);
+      } else {
+        store(to, add ? load(to) + acc[r][v] : acc[r][v]);
+      }
     }
 }
 
 template <class A>
 using ScoreTile = void (*)(const A*, int64_t, const A*, int64_t, A, A*, int64_t);
 template <class A>
-using SumTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, bool);
+using SumTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, bool,
+                         const A*);
 
-template <class A, int V, int R = kWideRows>
+template <class A, int V, int R = V == 1 ? kNarrowRows : kWideRows>
 ScoreTile<A> score_tile(int64_t rows) {
   if constexpr (R == 0) {
     return nullptr;
@@ -265,44 +355,64 @@ SumTile<A> sum_tile(int64_t rows) {
 
 struct RowPanel {
   int64_t begin, rows;
-  Span keys;  // columns computed for these rows: whole vectors, a panel of keys at the start
+  Span keys;      // columns computed for these rows: whole vectors, a panel of keys at the start
+  bool one_head;  // their tokens follow one another
 };
 
 // Rows of a task run over its heads first: row r is query row r % rows of head r / rows.
 struct Chunk {
-  int64_t begin, rows, panels;
-  Span keys;                 // of all panels
-  RowPanel panel[kChunkRows];
-  Span seen[kChunkRows];     // keys each row sees
+  int64_t rows, panels;
+  Span keys;  // of all panels
+  bool limited;
+  RowPanel panel[kChunkPanels];
+  int64_t row[kChunkRows];   // of the sequence
+  int64_t head[kChunkRows];  // of the task
+  Span seen[kChunkRows];     // keys each row sees, where limited
+
+  const Span* seen_from(int64_t r) const { return limited ? seen + r : nullptr; }
+};
+
+// A task's rows, chunk after chunk.
+struct Chunks {
+  Panels panels;
+  int64_t per_chunk;
+  int64_t panel = 0, begin = 0;  // of the next chunk
+
+  bool done() const { return panel == panels.count; }
 };
 
 template <class A>
-Chunk cut(const Attention& p, const AttentionTask& t, int64_t begin, int64_t rows) {
+void cut(const Attention& p, const AttentionTask& t, Chunks& all, Chunk& c) {
   constexpr int W = kLanes<A>;
   const int64_t task_rows = t.row_end - t.row_begin, keys = t.key_end - t.key_begin;
-  const bool limited = p.left >= 0 || p.right >= 0;
-  const Panels panels(rows, kWideRows);
-  Chunk c;
-  c.begin = begin, c.rows = rows, c.panels = panels.count;
+  c.panels = min_of(all.per_chunk, all.panels.count - all.panel);
+  const int64_t taller = max_of<int64_t>(min_of(all.panels.taller - all.panel, c.panels), 0);
+  c.rows = c.panels * all.panels.height + taller;
+  c.limited = p.left >= 0 || p.right >= 0;
+  for (int64_t r = 0, head = all.begin / task_rows, row = all.begin % task_rows; r < c.rows; ++r) {
+    c.row[r] = t.row_begin + row;
+    c.head[r] = head;
+    if (++row == task_rows) row = 0, ++head;
+  }
+  all.panel += c.panels;
+  all.begin += c.rows;
   c.keys = {keys, 0};
-  for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+  for (int64_t i = 0, at = 0; i < c.panels; ++i) {
     RowPanel& panel = c.panel[i];
-    panel = {at, panels.height + (i < panels.taller), {keys, 0}};
-    for (int64_t r = at; r < at + panel.rows; ++r) {
-      Span seen{0, keys};
-      if (limited) {
-        const int64_t row = t.row_begin + (begin + r) % task_rows;
-        seen = keys_within(p, t.sequence, row, p.left, p.right);
-        seen = {seen.begin - t.key_begin, seen.end - t.key_begin};
-        if (seen.begin >= seen.end) seen = {0, 0};
-      }
-      c.seen[r] = seen;
-      if (seen.begin < seen.end) {
-        panel.keys.begin = min_of(panel.keys.begin, seen.begin);
-        panel.keys.end = max_of(panel.keys.end, seen.end);
+    const int64_t height = all.panels.height + (i < taller), end = at + height;
+    panel = {at, height, {0, keys}, c.head[at] == c.head[end - 1]};
+    if (c.limited) {
+      panel.keys = {keys, 0};
+      for (int64_t r = at; r < end; ++r) {
+        const Span seen = keys_within(p, t.sequence, c.row[r], p.left, p.right);
+        c.seen[r] = seen.begin < seen.end ? Span{seen.begin - t.key_begin, seen.end - t.key_begin}
+                                          : Span{0, 0};
+        if (seen.begin == seen.end) continue;
+        panel.keys.begin = min_of(panel.keys.begin, c.seen[r].begin);
+        panel.keys.end = max_of(panel.keys.end, c.seen[r].end);
       }
     }
-    at += panel.rows;
+    at = end;
     if (panel.keys.begin >= panel.keys.end) {
       panel.keys = {0, 0};
       continue;
@@ -312,15 +422,14 @@ Chunk cut(const Attention& p, const AttentionTask& t, int64_t begin, int64_t row
     c.keys.end = max_of(c.keys.end, panel.keys.end);
   }
   if (c.keys.begin >= c.keys.end) c.keys = {0, 0};
-  return c;
 }
 
 // Sizes of what a task keeps in scratch.
 struct Sizes {
-  int64_t keys, keys_padded, dim_padded, score_stride, chunk;
+  int64_t keys, keys_padded, dim_padded, score_stride, panels, chunk;  // of a chunk, and its rows
 
   template <class A>
-  static Sizes of(const Attention& p, const AttentionTask& t) {
+  static Sizes of(const Attention& p, const AttentionTask& t, int64_t most_panels) {
     constexpr int64_t W = kLanes<A>, kLine = 64 / sizeof(A);
     Sizes s;
     s.keys = t.key_end - t.key_begin;
@@ -329,7 +438,8 @@ struct Sizes {
     // An odd number of cache lines, so that rows do not fall onto the same ones.
     s.score_stride = (ceil_div(s.keys_padded, kLine) | 1) * kLine;
     const int64_t fitting = kChunkBytes / int64_t(sizeof(A)) / s.score_stride;
-    s.chunk = max_of<int64_t>(min_of(fitting / kWideRows * kWideRows, kChunkRows), kWideRows);
+    s.panels = max_of<int64_t>(min_of(fitting / kWideRows, most_panels), 1);
+    s.chunk = s.panels * kWideRows;
     return s;
   }
 };
@@ -345,37 +455,111 @@ struct Arena {
   }
 };
 
+// Asks, a few rows with every register tile, for what will be read or written next: the rest of the
+// task's query rows, then the next task's rows. Heads lie too far apart in memory for a hardware
+// prefetcher to foresee them.
+class Prefetcher {
+ public:
+  template <class S>
+  static Prefetcher of(const Attention& p, const AttentionTask& t, const AttentionTask* next,
+                       int64_t panels, int64_t chunk, S) {
+    Prefetcher f;
+    f.row_bytes_ = p.dim * int64_t(sizeof(S));
+    f.add_rows<S>(p, t, t.row_begin + chunk);
+    if (next) {
+      const int64_t keys = next->key_end - next->key_begin;
+      const int64_t first = next->sequence.key + next->key_begin;
+      if (keys <= kMostPrefetchedKeys) {
+        f.add<S>(p.key, first, next->key_head, keys);
+        f.add<S>(p.value, first, next->key_head, keys);
+        f.add_rows<S>(p, *next, next->row_begin);
+      }
+    }
+    constexpr int64_t kColumns = 2 * kLanes<typename Accumulator<S>::type>;
+    const int64_t tiles =
+        panels * (ceil_div(t.key_end - t.key_begin, kColumns) + ceil_div(p.dim, kColumns));
+    f.rate_ = ceil_div(f.rows_, max_of<int64_t>(tiles, 1));
+    return f;
+  }
+
+  LK_INLINE void ask() {
+    for (int64_t rows = rate_; rows > 0 && next_ < count_;) {
+      Block& b = blocks_[next_];
+      for (; rows > 0 && b.rows > 0; --rows, --b.rows, b.at += b.stride)
+        for (int64_t i = 0; i < row_bytes_; i += 64) __builtin_prefetch(b.at + i, 0, 2);
+      if (b.rows == 0) ++next_;
+    }
+  }
+
+ private:
+  struct Block {
+    const char* at;
+    int64_t rows, stride;  // in bytes
+  };
+  Block blocks_[6];
+  int count_ = 0, next_ = 0;
+  int64_t row_bytes_ = 0, rows_ = 0, rate_ = 0;
+
+  template <class S>
+  void add(const Heads& h, int64_t row, int64_t head, int64_t rows) {
+    constexpr int64_t size = sizeof(S);
+    if (rows <= 0) return;
+    blocks_[count_++] = {static_cast<const char*>(h.data) + size * (row * h.row + head * h.head),
+                         rows, size * h.row};
+    rows_ += rows;
+  }
+
+  // Query rows of a task from `row` on, of its first head.
+  template <class S>
+  void add_rows(const Attention& p, const AttentionTask& t, int64_t row) {
+    const int64_t head = t.key_head * p.group, first = t.sequence.query + row;
+    add<S>(p.query, first, head, t.row_end - row);
+    add<S>({p.out, p.heads * p.dim, p.dim}, first, head, t.row_end - row);
+  }
+};
+
 // products [rows, columns] = multiplier * rows · keys, for the columns each panel computes.
 template <class A>
 void multiply_keys(const Chunk& c, const A* rows, int64_t ld, const A* keys, int64_t key_count,
-                   int64_t dim, A multiplier, A* products, int64_t stride) {
+                   int64_t dim, A multiplier, A* products, int64_t stride,
+                   Prefetcher* prefetcher = nullptr) {
   constexpr int W = kLanes<A>;
   for (int64_t j = c.keys.begin; j < c.keys.end; j += 2 * W) {
     const bool wide = key_count - j > W;
     for (int64_t i = 0; i < c.panels; ++i) {
       const RowPanel& panel = c.panel[i];
       if (j < panel.keys.begin || j >= panel.keys.end) continue;
-      const ScoreTile<A> tile = wide ? score_tile<A, 2>(panel.rows) : score_tile<A, 1>(panel.rows);
+      int64_t height = panel.rows;
+      // A single vector of keys takes two panels at once, for enough sums in flight.
+      if (!wide && i + 1 < c.panels && j >= c.panel[i + 1].keys.begin &&
+          j < c.panel[i + 1].keys.end)
+        height += c.panel[++i].rows;
+      const ScoreTile<A> tile = wide ? score_tile<A, 2>(height) : score_tile<A, 1>(height);
       tile(rows + panel.begin * ld, ld, keys + j * dim, dim, multiplier,
            products + panel.begin * stride + j, stride);
+      if (prefetcher) prefetcher->ask();
     }
   }
 }
 
-// sums [rows, dim_padded] = weights [rows, keys] · strips of [keys, dim].
+// weights [rows, keys] · values [keys, dim], into sums [rows, ld]; or, times the rows' factors,
+// straight to outputs[panel] with rows out_row apart where that is not null.
 template <class A>
-void multiply_values(const Chunk& c, const A* weights, int64_t stride, const A* strips,
-                     int64_t key_count, int64_t dim, A* sums, int64_t dim_padded) {
+void multiply_values(const Chunk& c, const A* weights, int64_t stride, const Strips<A>& values,
+                     int64_t key_count, int64_t dim, A* sums, int64_t ld,
+                     A* const* outputs = nullptr, int64_t out_row = 0,
+                     const A* factors = nullptr, Prefetcher* prefetcher = nullptr) {
   constexpr int W = kLanes<A>;
+  const int64_t all = min_of(c.keys.end, key_count);
   for (int64_t i = 0; i < c.panels; ++i)
     if (c.panel[i].keys.begin >= c.panel[i].keys.end)
-      for (int64_t r = 0; r < c.panel[i].rows; ++r)
-        for (int64_t d = 0; d < dim_padded; ++d) sums[(c.panel[i].begin + r) * dim_padded + d] = 0;
-  const int64_t all = min_of(c.keys.end, key_count);
+      for (int64_t r = c.panel[i].begin; r < c.panel[i].begin + c.panel[i].rows; ++r)
+        for (int64_t d = 0; d < ld; ++d) sums[r * ld + d] = 0;
   for (int64_t k = c.keys.begin; k < all; k += kKeyBlock)
     for (int64_t d = 0; d < dim; d += 2 * W) {
       const bool wide = dim - d > W;
-      const int64_t width = wide ? 2 * W : W;
+      const int64_t row = values.ld ? values.ld : wide ? 2 * W : W;
+      const A* strip = values.data + d * values.step;
       for (int64_t i = 0; i < c.panels; ++i) {
         const RowPanel& panel = c.panel[i];
         const int64_t begin = max_of(k, panel.keys.begin);
@@ -383,9 +567,15 @@ void multiply_values(const Chunk& c, const A* weights, int64_t stride, const A* 
         if (begin >= end) continue;
         const SumTile<A> tile =
             wide ? sum_tile<A, 2, false>(panel.rows) : sum_tile<A, 1, false>(panel.rows);
-        tile(weights + panel.begin * stride + begin, stride, strips + d * key_count + begin * width,
-             width, end - begin, sums + panel.begin * dim_padded + d, dim_padded,
-             begin > panel.keys.begin);
+        const A* from = weights + panel.begin * stride + begin;
+        if (outputs && outputs[i]) {
+          tile(from, stride, strip + begin * row, row, end - begin, outputs[i] + d, out_row, false,
+               factors + panel.begin);
+        } else {
+          tile(from, stride, strip + begin * row, row, end - begin, sums + panel.begin * ld + d,
+               ld, begin > panel.keys.begin, nullptr);
+        }
+        if (prefetcher) prefetcher->ask();
       }
     }
 }
@@ -403,7 +593,7 @@ LK_INLINE void store_row(const A* sums, int64_t dim, A multiplier, S* to) {
 template <class S>
 size_t forward_scratch(const Attention& p, const AttentionTask& t) {
   using A = typename Accumulator<S>::type;
-  const Sizes z = Sizes::of<A>(p, t);
+  const Sizes z = Sizes::of<A>(p, t, kForwardPanels);
   return sizeof(A) * (z.keys_padded * p.dim + z.keys * z.dim_padded + z.chunk * p.dim +
                       z.chunk * z.score_stride + z.chunk * z.dim_padded +
                       p.group * z.keys_padded + 8 * 64);
@@ -411,15 +601,15 @@ size_t forward_scratch(const Attention& p, const AttentionTask& t) {
 
 // Adds each row's probabilities, weights[r] * factor[r], to its head's column sums.
 template <class A>
-void add_column_sums(const Chunk& c, int64_t rows_per_head, const A* weights, int64_t stride,
-                     const A* factors, A* sums, int64_t sums_stride) {
+void add_column_sums(const Chunk& c, const A* weights, int64_t stride, const A* factors, A* sums,
+                     int64_t sums_stride) {
   constexpr int W = kLanes<A>;
   for (int64_t i = 0; i < c.panels; ++i) {
     const RowPanel& panel = c.panel[i];
     for (int64_t r = panel.begin, last = r + panel.rows; r < last;) {
-      const int64_t head = (c.begin + r) / rows_per_head;
-      const int64_t end = min_of(last, (head + 1) * rows_per_head - c.begin);
-      A* to = sums + head * sums_stride;
+      int64_t end = r + 1;
+      while (end < last && c.head[end] == c.head[r]) ++end;
+      A* to = sums + c.head[r] * sums_stride;
       for (int64_t j = panel.keys.begin; j < panel.keys.end; j += W) {
         Vec<A> sum = {};
         for (int64_t k = r; k < end; ++k) sum += load(weights + k * stride + j) * factors[k];
@@ -430,16 +620,21 @@ void add_column_sums(const Chunk& c, int64_t rows_per_head, const A* weights, in
   }
 }
 
+constexpr int64_t kFewRows = 24;  // that many query rows do not pay for packing the values
+
 template <class S>
-void forward(const Attention& p, const AttentionTask& t, void* scratch) {
+void forward(const Attention& p, const AttentionTask& t, const AttentionTask* next,
+             void* scratch) {
   using A = typename Accumulator<S>::type;
-  const Sizes z = Sizes::of<A>(p, t);
+  constexpr int W = kLanes<A>;
+  const Sizes z = Sizes::of<A>(p, t, kForwardPanels);
   const Sequence& s = t.sequence;
-  const int64_t task_rows = t.row_end - t.row_begin, all_rows = task_rows * p.group;
+  const int64_t all_rows = (t.row_end - t.row_begin) * p.group, first_head = t.key_head * p.group;
+  const bool whole = whole_vectors<S, A>(p.dim);
   Arena<A> arena{static_cast<A*>(scratch)};
   A* keys = arena.take(z.keys_padded * p.dim);
-  A* values = arena.take(z.keys * z.dim_padded);
-  A* packed = arena.take(z.chunk * p.dim);
+  A* packed_values = arena.take(z.keys * z.dim_padded);
+  A* packed_rows = arena.take(z.chunk * p.dim);
   A* weights = arena.take(z.chunk * z.score_stride);
   A* sums = arena.take(z.chunk * z.dim_padded);
   A* column_sums = arena.take(p.group * z.keys_padded);
@@ -447,52 +642,79 @@ void forward(const Attention& p, const AttentionTask& t, void* scratch) {
   const int64_t first_key = s.key + t.key_begin;
   pack_keys(static_cast<const S*>(p.key.data) + first_key * p.key.row + t.key_head * p.key.head,
             p.key.row, z.keys, p.dim, keys);
-  pack_strips(
-      static_cast<const S*>(p.value.data) + first_key * p.value.row + t.key_head * p.value.head,
-      p.value.row, z.keys, p.dim, values);
+  const S* value =
+      static_cast<const S*>(p.value.data) + first_key * p.value.row + t.key_head * p.value.head;
+  const Strips<A> values =
+      whole && all_rows <= kFewRows
+          ? Strips<A>{reinterpret_cast<const A*>(value), 1, p.value.row}
+          : pack_strips(value, p.value.row, z.keys, p.dim, packed_values);
   if (p.scores)
     for (int64_t i = 0; i < p.group * z.keys_padded; ++i) column_sums[i] = 0;
 
-  const auto token_of = [&](int64_t r) { return s.query + t.row_begin + r % task_rows; };
-  const auto head_of = [&](int64_t r) { return t.key_head * p.group + r / task_rows; };
-  for (int64_t begin = 0; begin < all_rows; begin += z.chunk) {
-    const Chunk c = cut<A>(p, t, begin, min_of(z.chunk, all_rows - begin));
-    for (int64_t r = 0; r < c.rows; ++r)
-      pack_row(static_cast<const S*>(p.query.data) + token_of(begin + r) * p.query.row +
-                   head_of(begin + r) * p.query.head,
-               p.dim, packed + r * p.dim, p.dim);
-    multiply_keys(c, packed, p.dim, keys, z.keys, p.dim, A(p.scale * 1.4426950408889634), weights,
-                  z.score_stride);
-    A factors[kChunkRows];
+  Chunk c;
+  Chunks all{Panels(all_rows, kWideRows), z.panels};
+  Prefetcher prefetcher = Prefetcher::of(p, t, next, all.panels.count, z.chunk, S());
+  while (!all.done()) {
+    cut<A>(p, t, all, c);
+    const auto query_at = [&](int64_t r) {
+      return static_cast<const S*>(p.query.data) + (s.query + c.row[r]) * p.query.row +
+             (first_head + c.head[r]) * p.query.head;
+    };
+    const auto out_at = [&](int64_t r) {
+      return static_cast<S*>(p.out) +
+             ((s.query + c.row[r]) * p.heads + first_head + c.head[r]) * p.dim;
+    };
+    const A* rows = packed_rows;
+    int64_t row_stride = p.dim;
+    if (sizeof(S) == sizeof(A) && c.head[0] == c.head[c.rows - 1]) {
+      rows = reinterpret_cast<const A*>(query_at(0));
+      row_stride = p.query.row;
+    } else {
+      for (int64_t r = 0; r < c.rows; ++r) pack_row(query_at(r), p.dim, packed_rows + r * p.dim, p.dim);
+    }
+    multiply_keys(c, rows, row_stride, keys, z.keys, p.dim, A(p.scale * 1.4426950408889634),
+                  weights, z.score_stride, &prefetcher);
+
+    A factors[kChunkRows + W];
     for (int64_t i = 0; i < c.panels; ++i)
-      for (int64_t r = c.panel[i].begin; r < c.panel[i].begin + c.panel[i].rows; ++r) {
-        const RowSum<A> row =
-            exponentials<A>(weights + r * z.score_stride, c.panel[i].keys, c.seen[r]);
-        factors[r] = row.sum == 0 ? A(0) : 1 / row.sum;
-        static_cast<A*>(p.lse)[token_of(begin + r) * p.heads + head_of(begin + r)] =
-            A(0.6931471805599453) * row.largest + A(::log(row.sum));
+      for (int64_t r = c.panel[i].begin, end = r + c.panel[i].rows; r < end; r += W) {
+        A lse[W];
+        softmax(weights + r * z.score_stride, z.score_stride, min_of<int64_t>(W, end - r),
+                c.panel[i].keys, z.keys, c.seen_from(r), factors + r, lse);
+        for (int64_t k = r; k < min_of(r + W, end); ++k)
+          static_cast<A*>(p.lse)[(s.query + c.row[k]) * p.heads + first_head + c.head[k]] =
+              lse[k - r];
       }
-    multiply_values(c, weights, z.score_stride, values, z.keys, p.dim, sums, z.dim_padded);
-    for (int64_t r = 0; r < c.rows; ++r)
-      store_row(sums + r * z.dim_padded, p.dim, factors[r],
-                static_cast<S*>(p.out) +
-                    (token_of(begin + r) * p.heads + head_of(begin + r)) * p.dim);
+
+    const bool direct = whole && c.keys.end - c.keys.begin <= kKeyBlock;
+    A* outputs[kChunkPanels] = {};
+    if (direct)
+      for (int64_t i = 0; i < c.panels; ++i)
+        if (c.panel[i].one_head && c.panel[i].keys.end)
+          outputs[i] = reinterpret_cast<A*>(out_at(c.panel[i].begin));
+    multiply_values(c, weights, z.score_stride, values, z.keys, p.dim, sums, z.dim_padded, outputs,
+                    p.heads * p.dim, factors, &prefetcher);
+    for (int64_t i = 0; i < c.panels; ++i)
+      if (!outputs[i])
+        for (int64_t r = c.panel[i].begin; r < c.panel[i].begin + c.panel[i].rows; ++r)
+          store_row(sums + r * z.dim_padded, p.dim, factors[r], out_at(r));
+
     if (!p.scores) continue;
     if (p.exclude_diagonal)
       for (int64_t r = 0; r < c.rows; ++r) {
-        const Span own = keys_within(p, s, t.row_begin + (begin + r) % task_rows, 0, 0);
+        const Span own = keys_within(p, s, c.row[r], 0, 0);
         for (int64_t j = max_of(own.begin, t.key_begin); j < min_of(own.end, t.key_end); ++j)
           weights[r * z.score_stride + j - t.key_begin] = 0;
       }
-    add_column_sums(c, task_rows, weights, z.score_stride, factors, column_sums, z.keys_padded);
+    add_column_sums(c, weights, z.score_stride, factors, column_sums, z.keys_padded);
   }
   if (p.scores)
     for (int64_t h = 0; h < p.group; ++h) {
-      A* to = static_cast<A*>(p.scores) + (t.key_head * p.group + h) * p.scores_head + t.scores_at;
-      for (int64_t j = 0; j < s.keys; ++j)
-        to[j] = j < t.key_begin || j >= t.key_end
-                    ? A(0)
-                    : column_sums[h * z.keys_padded + j - t.key_begin];
+      A* to = static_cast<A*>(p.scores) + (first_head + h) * p.scores_head + t.scores_at;
+      const A* from = column_sums + h * z.keys_padded;
+      for (int64_t j = 0; j < t.key_begin; ++j) to[j] = 0;
+      for (int64_t j = 0; j < z.keys; ++j) to[t.key_begin + j] = from[j];
+      for (int64_t j = t.key_end; j < s.keys; ++j) to[j] = 0;
     }
 }
 
@@ -501,7 +723,7 @@ void forward(const Attention& p, const AttentionTask& t, void* scratch) {
 template <class S>
 size_t grad_scratch(const Attention& p, const AttentionTask& t) {
   using A = typename Accumulator<S>::type;
-  const Sizes z = Sizes::of<A>(p, t);
+  const Sizes z = Sizes::of<A>(p, t, kGradPanels);
   return sizeof(A) * (2 * z.keys_padded * p.dim + 3 * z.keys * z.dim_padded +
                       3 * z.chunk * z.dim_padded + 2 * z.chunk * z.score_stride +
                       p.group * z.keys_padded + 10 * 64);
@@ -521,7 +743,7 @@ void add_transposed(const Chunk& c, const A* weights, int64_t stride, const A* r
       const int64_t height = panels.height + (i < panels.taller);
       const SumTile<A> tile = wide ? sum_tile<A, 2, true>(height) : sum_tile<A, 1, true>(height);
       tile(weights + j, stride, rows + d, dim_padded, c.rows, to + j * dim_padded + d, dim_padded,
-           true);
+           true, nullptr);
       j += height;
     }
   }
@@ -531,14 +753,14 @@ template <class S>
 void grad(const Attention& p, const AttentionTask& t, void* scratch) {
   using A = typename Accumulator<S>::type;
   constexpr int W = kLanes<A>;
-  const Sizes z = Sizes::of<A>(p, t);
+  const Sizes z = Sizes::of<A>(p, t, kGradPanels);
   const Sequence& s = t.sequence;
-  const int64_t task_rows = t.row_end - t.row_begin, all_rows = task_rows * p.group;
+  const int64_t all_rows = (t.row_end - t.row_begin) * p.group, first_head = t.key_head * p.group;
   const int64_t padded = z.dim_padded, stride = z.score_stride;
   Arena<A> arena{static_cast<A*>(scratch)};
   A* keys = arena.take(z.keys_padded * p.dim);     // panels of keys
   A* values = arena.take(z.keys_padded * p.dim);   // and of values
-  A* strips = arena.take(z.keys * padded);         // keys again, in strips
+  A* packed = arena.take(z.keys * padded);         // keys again, in strips
   A* grad_keys = arena.take(z.keys * padded);      // rows
   A* grad_values = arena.take(z.keys * padded);
   A* queries = arena.take(z.chunk * padded);
@@ -552,7 +774,7 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
   const S* key = static_cast<const S*>(p.key.data) + first_key * p.key.row +
                  t.key_head * p.key.head;
   pack_keys(key, p.key.row, z.keys, p.dim, keys);
-  pack_strips(key, p.key.row, z.keys, p.dim, strips);
+  const Strips<A> strips = pack_strips(key, p.key.row, z.keys, p.dim, packed);
   pack_keys(static_cast<const S*>(p.value.data) + first_key * p.value.row +
                 t.key_head * p.value.head,
             p.value.row, z.keys, p.dim, values);
@@ -564,17 +786,17 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
         of_scores[h * z.keys_padded + j] =
             j < z.keys ? A(static_cast<const A*>(p.grad_scores.data)
                                    [(first_key + j) * p.grad_scores.row +
-                                    (t.key_head * p.group + h) * p.grad_scores.head] *
+                                    (first_head + h) * p.grad_scores.head] *
                            share)
                        : A(0);
   }
 
-  const auto token_of = [&](int64_t r) { return s.query + t.row_begin + r % task_rows; };
-  const auto head_of = [&](int64_t r) { return t.key_head * p.group + r / task_rows; };
-  for (int64_t begin = 0; begin < all_rows; begin += z.chunk) {
-    const Chunk c = cut<A>(p, t, begin, min_of(z.chunk, all_rows - begin));
+  Chunk c;
+  for (Chunks all{Panels(max_of<int64_t>(all_rows, 1), kWideRows), z.panels};
+       all_rows && !all.done();) {
+    cut<A>(p, t, all, c);
     for (int64_t r = 0; r < c.rows; ++r) {
-      const int64_t token = token_of(begin + r), head = head_of(begin + r);
+      const int64_t token = s.query + c.row[r], head = first_head + c.head[r];
       pack_row(static_cast<const S*>(p.query.data) + token * p.query.row + head * p.query.head,
                p.dim, queries + r * padded, padded);
       pack_row(static_cast<const S*>(p.grad_out.data) + token * p.grad_out.row +
@@ -584,9 +806,14 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
     multiply_keys(c, queries, padded, keys, z.keys, p.dim, A(p.scale * 1.4426950408889634), weights,
                   stride);
     multiply_keys(c, upstream, padded, values, z.keys, p.dim, A(1), slopes, stride);
-    for (int64_t i = 0; i < c.panels; ++i)
-      for (int64_t r = c.panel[i].begin; r < c.panel[i].begin + c.panel[i].rows; ++r) {
-        const Span span = c.panel[i].keys, seen = c.seen[r];
+    for (int64_t i = 0; i < c.panels; ++i) {
+      const Span span = c.panel[i].keys;
+      const int64_t first = c.panel[i].begin, end = first + c.panel[i].rows;
+      A factors[kWideRows + W], lse[W];
+      for (int64_t r = first; r < end && span.end; r += W)
+        softmax(weights + r * stride, stride, min_of<int64_t>(W, end - r), span, z.keys,
+                c.seen_from(r), factors + r - first, lse);
+      for (int64_t r = first; r < end; ++r) {
         A* w = weights + r * stride;
         A* g = slopes + r * stride;
         // Where the panel computed nothing, both count as zero for the keys' gradients.
@@ -595,22 +822,19 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
             store(w + j, splat(A(0)));
             store(g + j, splat(A(0)));
           }
-        if (span.begin >= span.end) continue;
-        fill_outside<A>(g, span, seen, A(0));
         if (p.grad_scores.data) {
           Span own{0, 0};
           if (p.exclude_diagonal) {
-            own = keys_within(p, s, t.row_begin + (begin + r) % task_rows, 0, 0);
+            own = keys_within(p, s, c.row[r], 0, 0);
             own = {own.begin - t.key_begin, own.end - t.key_begin};
           }
-          const A* add = of_scores + (begin + r) / task_rows * z.keys_padded;
+          const A* add = of_scores + c.head[r] * z.keys_padded;
           for (int64_t j = span.begin; j < span.end; j += W) {
             const Vec<A> more = lanes_inside<A>(j, own) ? splat(A(0)) : load(add + j);
             store(g + j, load(g + j) + more);
           }
         }
-        const RowSum<A> row = exponentials<A>(w, span, seen);
-        const Vec<A> factor = splat(row.sum == 0 ? A(0) : 1 / row.sum);
+        const Vec<A> factor = splat(factors[r - first]);
         Vec<A> dot = {};
         for (int64_t j = span.begin; j < span.end; j += W) {
           const Vec<A> probability = load(w + j) * factor;
@@ -621,11 +845,12 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
         for (int64_t j = span.begin; j < span.end; j += W)
           store(g + j, load(w + j) * (load(g + j) - mean) * scale);
       }
+    }
     multiply_values(c, slopes, stride, strips, z.keys, p.dim, sums, padded);
     for (int64_t r = 0; r < c.rows; ++r)
       store_row(sums + r * padded, p.dim, A(1),
                 static_cast<S*>(p.grad_query) +
-                    (token_of(begin + r) * p.heads + head_of(begin + r)) * p.dim);
+                    ((s.query + c.row[r]) * p.heads + first_head + c.head[r]) * p.dim);
     add_transposed(c, slopes, stride, queries, p.dim, padded, z.keys, grad_keys);
     add_transposed(c, weights, stride, upstream, p.dim, padded, z.keys, grad_values);
   }

@@ -154,7 +154,7 @@ LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
   using A = typename Accumulator<S>::type;
   if constexpr (sizeof(S) == sizeof(A)) {
     store(reinterpret_cast<A*>(p), v);
-  } else if constexpr (__is_same(S, BFloat16)) {
+  } else if constexpr (__is_same(S, BFloat16)) {  // as narrow() does
     typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -171,33 +171,9 @@ LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
                      _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif
   } else {
-    if constexpr (__is_same(S, BFloat16)) {  // as narrow() does
-      const Vec<uint32_t> bits = (Vec<uint32_t>)v, high = bits >> 16;
-      const Vec<uint32_t> nan = (Vec<uint32_t>)(v != v);
-      const Vec<uint32_t> half = (((bits + 0x7fff + (high & 1)) >> 16) & ~nan) | ((high | 0x40) & nan);
-#if defined(__AVX512F__)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)half));
-#elif defined(__AVX2__)
-      const __m256i lanes = (__m256i)half;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                       _mm_packus_epi32(_mm256_castsi256_si128(lanes),
-                                        _mm256_extracti128_si256(lanes, 1)));
-#else
-      for (int i = 0; i < kLanes<A>; ++i) p[i].bits = uint16_t(half[i]);
-#endif
-      return;
-    }
-#if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
     A lanes[kLanes<A>];
     store(lanes, v);
     for (int i = 0; i < kLanes<A>; ++i) narrow(lanes[i], p + i);
-#endif
   }
 }
 
@@ -219,6 +195,29 @@ LK_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
     for (int i = 0; i < W; ++i)
       if (!(i & step)) exchange<step, A>(v[i], v[i + step], std::make_integer_sequence<int, W>());
     transpose<A, 2 * step>(v);
+  }
+}
+
+// a and b folded into one vector: where `step` is set in a lane's number lies what `op` makes of b's
+// pairs of lanes `step` apart, elsewhere that of a's.
+template <int step, class A, class Op, int... lane>
+LK_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, Op op, std::integer_sequence<int, lane...>) {
+  constexpr int W = sizeof...(lane);
+  return op(__builtin_shufflevector(a, b, ((lane & step ? W : 0) + (lane & ~step))...),
+            __builtin_shufflevector(a, b, ((lane & step ? W : 0) + (lane | step))...));
+}
+
+// Joins the lanes of W vectors by `op`, always by the same tree: lane i of the result is v[i]'s.
+template <class A, int step = 1, class Op>
+LK_INLINE Vec<A> reduce_lanes(Vec<A> (&v)[kLanes<A>], Op op) {
+  constexpr int W = kLanes<A>;
+  if constexpr (step == W) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / (2 * step); ++i)
+      v[i] = fold<step, A>(v[2 * i], v[2 * i + 1], op, std::make_integer_sequence<int, W>());
+    return reduce_lanes<A, 2 * step>(v, op);
   }
 }
 

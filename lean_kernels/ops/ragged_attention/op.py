@@ -21,19 +21,37 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_bounds(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, queries: int, keys: int):
+def _check_values(
+    queries: int,
+    keys: int,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    positions: Tensor | None,
+    key_positions: Tensor | None,
+):
     # Reading the values would stall an accelerator: the kernels there clamp what they read.
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    for label, cu, total in (
-        ("cu_seqlens", cu_seqlens, queries),
-        ("cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, keys),
-    ):
-        if cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
+    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    for label, cu, total in (("cu_seqlens", cu_seqlens, queries), ("cu_seqlens_k", cu_k, keys)):
+        if cu[0] != 0 or cu[-1] != total or bool((cu.long().diff() < 0).any()):
             raise ValueError(
                 f"{NAME}: {label} must rise from 0 to the number of tokens, {total}; "
                 f"got first {int(cu[0])}, last {int(cu[-1])}, "
-                f"smallest step {int(cu.diff().min()) if len(cu) > 1 else 0}"
+                f"smallest step {int(cu.long().diff().min()) if len(cu) > 1 else 0}"
+            )
+    for label, cu, at in (
+        ("positions", cu_seqlens, positions),
+        ("key_positions", cu_k, key_positions),
+    ):
+        if at is None:
+            continue
+        falls = at[1:] < at[:-1]
+        falls[cu[(cu > 0) & (cu < len(at))].long() - 1] = False  # from one sequence to the next
+        if falls.any():
+            raise ValueError(
+                f"{NAME}: {label} must ascend within each sequence; "
+                "sort the tokens kept by position"
             )
 
 
@@ -42,7 +60,7 @@ def _reference_forward(
     max_seqlen, scale, left, right, key_scores, per_head, exclude_diagonal,
 ):  # fmt: skip
     _check(query, key, value, cu, cu_k, positions, key_positions, None)
-    _check_bounds(cu, cu_k, len(query), len(key))
+    _check_values(len(query), len(key), cu, cu_k, positions, key_positions)
     return reference.forward(
         query, key, value, cu, cu_k, positions, key_positions, scale, left, right,
         key_scores > 0, KEY_SCORES[key_scores] == "mean", per_head, exclude_diagonal,
@@ -53,7 +71,7 @@ def _reference_grad(
     grad_out, grad_scores, query, key, value, out, lse, cu, cu_k, positions, key_positions,
     max_seqlen, scale, left, right, key_scores, per_head, exclude_diagonal,
 ):  # fmt: skip
-    _check_bounds(cu, cu_k, len(query), len(key))
+    _check_values(len(query), len(key), cu, cu_k, positions, key_positions)
     return reference.grad(
         grad_out, grad_scores, query, key, value, cu, cu_k, positions, key_positions,
         scale, left, right, KEY_SCORES[key_scores] == "mean", per_head, exclude_diagonal,
@@ -222,9 +240,10 @@ def ragged_attention(
         float32. On CPU a sequence's result does not depend on the rest of the batch, bit for bit.
 
     Raises:
-        ValueError: a shape, dtype, device, option or impl that does not fit; on CPU also values of
-            cu_seqlens that do not rise from 0 to the number of tokens.
-        RuntimeError: a named impl is not available here.
+        ValueError: a shape, dtype, device, option or impl that does not fit.
+        RuntimeError: a named impl is not available here; on CPU, values of cu_seqlens that do not
+            rise from 0 to the number of tokens or positions that do not ascend (ValueError from
+            impl "reference").
 
     Differentiable once in query, key and value, through the output and through the scores.
     Key scores drive token dropping: PoWER-BERT; LTP, arXiv 2107.00910; ACC, arXiv 2201.03327.
