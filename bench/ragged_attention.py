@@ -94,7 +94,7 @@ class _Problem:
         )
 
     def padded(self) -> tuple[list[Tensor], Tensor]:
-        """Inputs [B, H, S, D], zeros past each sequence's end, and where there are tokens [B, S]."""
+        """Inputs [B, H, S, D], zeros past a sequence's end, and where tokens are [B, S]."""
         longest = max(self.lengths)
         inputs = []
         for t in self.inputs:

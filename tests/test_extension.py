@@ -127,9 +127,16 @@ def test_numerics_of_each_instruction_set(isa):
         run("-m", "lean_kernels", "info", "--json", LEAN_KERNELS_CPU_ISA=isa).stdout
     )
     assert report["cpu"]["kernels_use"] == isa
-    files = [f"tests/ops/test_block_sparse_linear{part}.py" for part in ("", "_gradients")]
+    files = [
+        f"tests/ops/test_{op}{part}.py"
+        for op in ("block_sparse_linear", "ragged_attention")
+        for part in ("", "_gradients")
+    ]
     files += ["tests/ops/test_add_layer_norm.py", "tests/ops/test_token_selection.py"]
-    core = "cpu and (sizes or epilogue or height or every or range or activations)"
+    core = (
+        "cpu and (sizes or epilogue or height or every or range or activations or head_dims or "
+        "groups)"
+    )
     done = run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", core),
         check=False,

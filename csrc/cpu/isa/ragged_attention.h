@@ -57,8 +57,12 @@ LK_INLINE void exp2_each(Vec<float> (&x)[count]) {
 }
 template <int count>
 LK_INLINE void exp2_each(Vec<double> (&x)[count]) {
-  for (int i = 0; i < count; ++i)
-    for (int lane = 0; lane < kLanes<double>; ++lane) x[i][lane] = ::exp2(x[i][lane]);
+  for (Vec<double>& v : x) {
+    double lanes[kLanes<double>];
+    store(lanes, v);
+    for (double& lane : lanes) lane = ::exp2(lane);
+    v = load(lanes);
+  }
 }
 
 // ln x for x >= 1, absolute error 5e-8 + half a unit; 0 gives -inf, NaN stays.

@@ -82,7 +82,7 @@ def _fake_forward(query, key, value, *layout):
     *_, key_scores, per_head, _ = layout
     wide = _wide(query.dtype)
     total, heads, _ = query.shape
-    scores = ((len(key), heads) if per_head else (len(key),)) if key_scores else (0,)
+    scores = ((key.shape[0], heads) if per_head else (key.shape[0],)) if key_scores else (0,)
     if key_scores == 0 and per_head:
         scores = (0, heads)
     return (
