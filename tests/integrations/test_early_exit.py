@@ -131,7 +131,8 @@ def test_everything_leaves_or_nothing_does():
     assert encoder_of(model).exit_layers.eq(0).all() and not runs
     encoder_of(model).exit_rule = ExitRule(threshold=0.0)
     expected = to_dense(copy.deepcopy(model))
-    assert_rms(hidden(model, ids, mask), hidden(expected, ids, mask), 1e-6)
+    # Two float32 results, each within 1e-6 of the exact one.
+    assert_rms(hidden(model, ids, mask), hidden(expected, ids, mask), 2e-6)
     assert encoder_of(model).exit_layers.eq(LAYERS - 1).all() and runs
 
 
