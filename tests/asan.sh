@@ -25,6 +25,7 @@ for isa in generic avx2 avx512; do
     continue  # not on this processor
   echo "instruction set $isa"
   python tests/fuzz_patterns.py --seconds "${FUZZ_SECONDS:-60}"
+  python tests/fuzz_sequences.py --seconds "${FUZZ_SECONDS:-60}"
   # The sanitizers write to file descriptor 2, which pytest would keep to itself when they abort.
   python -m pytest -q -x -p no:cacheprovider --capture=sys \
     tests/ops/test_block_sparse_linear_errors.py \

@@ -28,8 +28,8 @@ def _distance(rows: slice, keys: slice, positions, key_positions, device) -> Ten
         of_rows = torch.arange(length - count, length, device=device)
         of_keys = torch.arange(length, device=device)
     else:
-        of_rows = positions[rows]
-        of_keys = (positions if key_positions is None else key_positions)[keys]
+        of_rows = positions[rows].long()  # a difference, or a window, need not fit int32
+        of_keys = (positions if key_positions is None else key_positions)[keys].long()
     return of_keys - of_rows[:, None]
 
 
