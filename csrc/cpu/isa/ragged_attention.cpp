@@ -6,7 +6,7 @@
 // with every key a row may see, softmax over the whole row, product with the values. A chunk's
 // scores stay in cache for sequences of up to a few thousand keys, and nothing is ever computed
 // twice, however long the sequence is. All sums run in an order that depends on the sequence alone.
-#pragma once
+#include "../isa.h"
 
 #include "../ragged_attention.h"
 #include "activations.h"
@@ -872,4 +872,9 @@ constexpr AttentionKernels attention_kernels() {
 }
 
 }  // namespace
+
+const AttentionKernels LEAN_KERNELS_ISA::attention[kDtypes] = {
+    attention_kernels<float>(), attention_kernels<BFloat16>(), attention_kernels<Float16>(),
+    attention_kernels<double>()};
+
 }  // namespace lean_kernels

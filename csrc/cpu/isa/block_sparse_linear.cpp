@@ -4,8 +4,7 @@
 // Every output is a sum over its group's entries in order, and over the inputs of a block in order,
 // started from the bias, whatever the height of the tile it is computed in: a row's result depends
 // neither on the rest of the batch nor on threads.
-#pragma once
-
+#include "../isa.h"
 #include "block_sparse_few_outputs.h"
 #include "block_sparse_lanes_out.h"
 #include "block_sparse_outer.h"
@@ -42,24 +41,10 @@ constexpr BlockSparseKernels block_sparse_kernels() {
   return {product_row_unit<S>, product_scratch<S>, product<S>, outer_pack<S>, outer<S>};
 }
 
-// Multiply-adds on as many independent accumulators as hide their latency; returns the FLOP done.
-double fma_peak(int64_t iterations) {
-  constexpr int kChains = 10;
-  Vec<float> acc[kChains] = {}, scale = splat(0.999f);
-  for (int64_t i = 0; i < iterations; ++i)
-#pragma GCC unroll 10
-    for (int c = 0; c < kChains; ++c) {
-      acc[c] = acc[c] * scale + scale;
-#if defined(__AVX512F__)
-      asm volatile("" : "+v"(acc[c]));
-#elif defined(__x86_64__)
-      asm volatile("" : "+x"(acc[c]));
-#else
-      asm volatile("" : "+w"(acc[c]));
-#endif
-    }
-  return 2.0 * kChains * kLanes<float> * double(iterations);
-}
-
 }  // namespace
+
+const BlockSparseKernels LEAN_KERNELS_ISA::block_sparse[kDtypes] = {
+    block_sparse_kernels<float>(), block_sparse_kernels<BFloat16>(),
+    block_sparse_kernels<Float16>(), block_sparse_kernels<double>()};
+
 }  // namespace lean_kernels

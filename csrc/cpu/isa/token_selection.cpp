@@ -2,7 +2,7 @@
 // select_tokens of one instruction set. Scores become integers of the same order; the last kept one
 // is found by bisection of the integers, a branch-free count of one pass each: linear time for any
 // input, where quickselect mispredicts half its branches.
-#pragma once
+#include "../isa.h"
 
 #include <limits>
 #include <type_traits>
@@ -127,4 +127,8 @@ constexpr SelectionKernels selection_kernels() {
 }
 
 }  // namespace
+
+const SelectionKernels LEAN_KERNELS_ISA::selection[2] = {selection_kernels<float>(),
+                                                          selection_kernels<double>()};
+
 }  // namespace lean_kernels
