@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lean_kernels.nn.block_sparse_linear import BlockSparseLinear
+from lean_kernels.nn.fused_projection import FusedProjections
 from lean_kernels.ops.add_layer_norm import add_layer_norm
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, [T, head_size]
@@ -45,15 +46,16 @@ class Layout:
 
     def __post_init__(self) -> None:
         paths = {
-            item.name: tuple(value.split("."))
+            item.name: value.split(".")
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), str)
         }
-        object.__setattr__(self, "_paths", paths)
+        paths = {name: (tuple(path[:-1]), path[-1]) for name, path in paths.items()}
+        object.__setattr__(self, "_paths", paths)  # name: (parents, child)
 
     def part(self, layer: nn.Module, name: str) -> nn.Module:
         """The submodule called `name` here. Faster than attributes of an nn.Module by far."""
-        *parents, child = self._paths[name]
+        parents, child = self._paths[name]
         for parent in parents:
             layer = layer._modules[parent]
         found = layer._modules.get(child)
@@ -61,7 +63,8 @@ class Layout:
 
     def missing(self, layer: nn.Module) -> str | None:
         """The dotted path of a part that `layer` does not have, None if it has all."""
-        for name, path in self._paths.items():
+        for name, (parents, child) in self._paths.items():
+            path = (*parents, child)
             try:
                 if name != "layers":
                     functools.reduce(getattr, path, layer)
@@ -71,12 +74,12 @@ class Layout:
 
     def number(self, layer: nn.Module, name: str):
         """The attribute called `name` here; None where the layout has none."""
-        path = self._paths.get(name)
-        if path is None:
+        if name not in self._paths:
             return None
-        for child in path[:-1]:
-            layer = layer._modules[child]
-        return getattr(layer, path[-1])
+        parents, child = self._paths[name]
+        for parent in parents:
+            layer = layer._modules[parent]
+        return getattr(layer, child)
 
     def dropout_of_attention(self, layer: nn.Module) -> float:
         """Probability with which training drops attention probabilities."""
@@ -109,11 +112,15 @@ class PostNorm(Layout):
         """Queries [T, heads, head_size] alone."""
         return self._heads(layer, self.part(layer, "query")(x))
 
-    def project(self, layer: nn.Module, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, ...]:
+    def project(
+        self, layer: nn.Module, x: Tensor, rotary: Rotary | None, fused: FusedProjections | None
+    ) -> tuple[Tensor, ...]:
         """Query, key and value, each [T, heads, head_size]."""
-        return tuple(
-            self._heads(layer, self.part(layer, name)(x)) for name in ("query", "key", "value")
-        )
+        linears = [self.part(layer, name) for name in ("query", "key", "value")]
+        found = None if fused is None else fused(linears, x)
+        if found is None:
+            found = [linear(x) for linear in linears]
+        return tuple(self._heads(layer, y) for y in found)
 
     def merge(self, layer: nn.Module, context: Tensor, x: Tensor) -> Tensor:
         """What attention gathered [T, heads * head_size] and its input x -> [T, D]."""
@@ -165,7 +172,9 @@ class PreNorm(Layout):
             query = linear(x).chunk(3, dim=1)[0]
         return _rotate(self._heads(layer, query), *rotary)
 
-    def project(self, layer: nn.Module, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
+    def project(
+        self, layer: nn.Module, x: Tensor, rotary: Rotary, fused: FusedProjections | None
+    ) -> tuple[Tensor, ...]:
         """Query, key and value, each [T, heads, head_size]."""
         qkv = self.part(layer, "qkv")(self.part(layer, "attention_norm")(x))
         qkv = self._heads(layer, qkv).unflatten(1, (3, -1))  # [T, 3, heads, head_size]

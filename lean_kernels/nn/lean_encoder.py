@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lean_kernels.nn import exits
 from lean_kernels.nn.encoder_layout import Layout
+from lean_kernels.nn.fused_projection import FusedProjections
 from lean_kernels.nn.packed_pass import PackedPass
 from lean_kernels.nn.token_profile import check_profile, rescale
 
@@ -68,6 +69,8 @@ class LeanEncoder(nn.Module):
         self.first_only = first_only
         self.observe_scores: Callable[[int, Tensor, Tensor], None] | None = None
         self.soft_thresholds: nn.Module | None = None
+        self._fused: FusedProjections | None = None
+        self.register_state_dict_post_hook(_give_own_memory)
         if exit_heads is not None:
             self.exits = exit_heads
         self.training = encoder.training
@@ -81,6 +84,16 @@ class LeanEncoder(nn.Module):
             if (path := self.layout.missing(layer)) is not None:
                 return f"layer {index}, a {type(layer).__name__}, has no {path}"
         return self.layout.refuse(encoder)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_fused": None}  # a copy has memory of its own
+
+    @property
+    def fused(self) -> FusedProjections:
+        """Products of block-sparse query, key and value in one."""
+        if self._fused is None:
+            self._fused = FusedProjections()
+        return self._fused
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -155,6 +168,10 @@ class LeanEncoder(nn.Module):
         rules = {"tokens": self.token_rule, "exits": self.exit_rule}
         parts = [f"{name}={rule.to_dict()}" for name, rule in rules.items() if rule is not None]
         return ", ".join(parts + ["first_only=True"] * self.first_only)
+
+
+def _give_own_memory(encoder: LeanEncoder, *args) -> None:
+    encoder.fused.give_own_memory(encoder, *args)
 
 
 class _Step:

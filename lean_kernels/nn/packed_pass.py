@@ -55,6 +55,7 @@ class PackedPass:
                 raise ValueError(f"LeanEncoder: {name} was given, but it has no {what}")
         self.encoder, self.layout, self.rule = encoder, encoder.layout, encoder.token_rule
         self.layers = encoder.layers
+        self.fused = None if torch.is_grad_enabled() else encoder.fused
         self.config = self.layout.number(self.layers[0], "config")
         batch, length, _ = self.shape = hidden.shape
         self.padded: Tensor | None = hidden  # the state as [B, S, D], where it is at hand
@@ -166,7 +167,7 @@ class PackedPass:
             options["key_scores"] = "mean" if rule is None else rule.reduction
             options["exclude_diagonal"] = rule is not None and rule.exclude_diagonal
         cu = schedule.cu_seqlens[index]
-        query, key, value = layout.project(layer, x, here.rotary)
+        query, key, value = layout.project(layer, x, here.rotary, self.fused)
         context, scores = self._attend(here, query, key, value, cu, options)
         if observe is not None:
             observe(index, scores.detach(), cu)
@@ -194,7 +195,7 @@ class PackedPass:
         x_first = gather_tokens(x, firsts)
         rotary_first = here.rotary and tuple(t[firsts] for t in here.rotary)
         query = layout.query_rows(layer, x_first, rotary_first)
-        _, key, value = layout.project(layer, x, here.rotary)
+        _, key, value = layout.project(layer, x, here.rotary, self.fused)
         options["cu_seqlens_k"] = cu
         if here.window is not None:
             options["positions"] = here.positions[firsts]

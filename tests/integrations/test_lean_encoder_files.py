@@ -202,3 +202,32 @@ def test_the_last_layers_go(family):
     expected = hidden(model, *batch())
     del holder._modules["2"]
     assert len(encoder) == 2 and not torch.equal(hidden(model, *batch()), expected)
+
+
+def test_fused_projections_do_not_show_in_files(tmp_path):
+    """Query, key and value share memory once the model has run; nothing saved may."""
+    from safetensors.torch import save_model
+
+    recipe = {"linear": {"encoder.*": {"density": 0.5, "block_shape": [16, 16]}}, "tokens": {}}
+    model = lk.convert(dense("bert"), recipe)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids, mask = batch()
+    expected = hidden(model, ids, mask)
+    attention = model.encoder.layer[0].attention.self
+    storage = attention.query.weight.untyped_storage().data_ptr()
+    assert attention.key.weight.untyped_storage().data_ptr() == storage  # the test means something
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "a")
+    torch.save(state, tmp_path / "b")
+    assert (tmp_path / "b").stat().st_size < 1.5 * (tmp_path / "a").stat().st_size
+    save_model(model, str(tmp_path / "c"))
+    assert load_file(tmp_path / "c").keys() >= before.keys()
+    model.save_pretrained(tmp_path / "d")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "d")
+    assert torch.equal(hidden(loaded, ids, mask), expected)
+    kept = state["encoder.layer.0.attention.self.key.weight"]
+    model.load_state_dict({name: -tensor if tensor.is_floating_point() else tensor
+                           for name, tensor in state.items()})  # fmt: skip
+    assert torch.equal(kept, before["encoder.layer.0.attention.self.key.weight"])
