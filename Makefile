@@ -6,12 +6,14 @@
 PYTHON ?= python3
 BENCH ?= block_sparse_linear
 TESTS ?=
+STAGE ?= 0
+OUT ?= out/gpu
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench wheel asan clean
+.PHONY: demo test lint bench gpu wheel asan clean
 
 demo: .venv/installed
 	$(BIN)/lean-kernels demo --out out/demo --force
@@ -25,6 +27,10 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/lean-kernels bench $(BENCH)
+
+# On a machine with a GPU, in the Python that holds its torch; DRY=1 anywhere.
+gpu:
+	bash bench/gpu.sh $(STAGE) $(OUT)
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .

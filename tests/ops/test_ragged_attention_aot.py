@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import GFX942, SM80, SM90, Recorder, stack_bytes
 
+from lean_kernels import _tuning
 from lean_kernels.ops.ragged_attention import triton as launcher
 
 KERNELS = [name for name in dir(launcher) if name.endswith("_kernel")]
@@ -62,7 +63,7 @@ def record(monkeypatch):
         )  # fmt: skip
         recorders = {name: Recorder(getattr(launcher, name)) for name in KERNELS}
         with monkeypatch.context() as patch:
-            patch.setattr(launcher, "_architecture", lambda device: ARCHITECTURES[target])
+            patch.setattr(_tuning, "architecture", lambda device: ARCHITECTURES[target])
             for name, recorder in recorders.items():
                 patch.setattr(launcher, name, recorder)
             query = meta(tokens, heads, dim)

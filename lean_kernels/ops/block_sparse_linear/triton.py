@@ -24,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lean_kernels import _tuning
 from lean_kernels.ops.block_sparse_linear import bsr
 
+NAME = "block_sparse_linear"
 # Triton 3.10 changes the default, and with it the last bit of results.
 _OPTIONS = {"enable_fp_fusion": True}
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -34,6 +36,9 @@ _INTERPRETER_DTYPES = (torch.float32, torch.float16, torch.float64)
 # With fewer programs than this, grad_weight also splits the tokens, in parts no shorter than that.
 _SPLIT_BELOW_PROGRAMS = 512
 _SPLIT_TOKENS = 1024
+# What the lists of a table stand for.
+TILE = ("BLOCK_M", "BLOCK_N", "GROUP_M", "num_warps", "num_stages")
+OUTER = ("BLOCK_OUT", "BLOCK_IN", "BLOCK_M", "num_warps", "num_stages")
 
 
 @triton.jit
@@ -220,17 +225,25 @@ def _grad_weight_kernel(
     )
 
 
-def config(block_out: int, block_in: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+def config(
+    block_out: int, block_in: int, dtype: torch.dtype, tokens: int, table: dict | None = None
+) -> dict[str, int]:
     """Tile sizes and launch options of `_matmul_kernel` for one call.
 
     Args:
         block_out, block_in: the block as the kernel sees it (swapped for grad_input).
         dtype: of the operands.
         tokens: rows of x.
+        table: what was measured, see `tuning.py`.
 
-    Set from shared memory (64 KiB on gfx942 is the tightest) and registers; not tuned on hardware.
+    Where nothing was measured: from shared memory (64 KiB on gfx942 is the tightest) and registers.
     The tile of the contraction, and so the order of a sum, does not depend on `tokens`.
     """
+    tuned = (table or {}).get("matmul", {}).get(kind(block_out, block_in, dtype))
+    if tuned:
+        most = sorted(map(int, tuned["tiles"]))
+        tile = tuned["tiles"][str(next((t for t in most if tokens <= t), most[-1]))]
+        return {"BLOCK_K": tuned["BLOCK_K"], **dict(zip(TILE, tile, strict=True))}
     half = dtype.itemsize == 2
     block_m, block_n = (_clamp(size, 16, 128 if half else 64) for size in (tokens, block_out))
     return {
@@ -245,8 +258,13 @@ def config(block_out: int, block_in: int, dtype: torch.dtype, tokens: int) -> di
     }
 
 
-def grad_weight_config(block_out: int, block_in: int, dtype: torch.dtype) -> dict[str, int]:
+def grad_weight_config(
+    block_out: int, block_in: int, dtype: torch.dtype, table: dict | None = None
+) -> dict[str, int]:
     """Tile sizes and launch options of `_grad_weight_kernel`; see `config`."""
+    tuned = (table or {}).get("grad_weight", {}).get(kind(block_out, block_in, dtype))
+    if tuned:
+        return dict(zip(OUTER, tuned, strict=True))
     half = dtype.itemsize == 2
     block_out, block_in = (_clamp(size, 16, 128 if half else 64) for size in (block_out, block_in))
     return {
@@ -256,6 +274,10 @@ def grad_weight_config(block_out: int, block_in: int, dtype: torch.dtype) -> dic
         "num_warps": 8 if block_out * block_in > 128 * 64 else 4,
         "num_stages": 2 if torch.version.hip else 4 if half else 3,
     }
+
+
+def kind(block_out: int, block_in: int, dtype: torch.dtype) -> str:
+    return f"{block_out}x{block_in} {str(dtype).removeprefix('torch.')}"
 
 
 def _clamp(size: int, low: int, high: int) -> int:
@@ -314,7 +336,7 @@ def _matmul(
         return y
     x = _rows(x)
     residual = None if residual is None else _rows(residual)
-    tiles = config(size_n, size_k, x.dtype, x.shape[0])
+    tiles = config(size_n, size_k, x.dtype, x.shape[0], _tuning.table(NAME, x.device))
     rows, cuts = start.numel() - 1, triton.cdiv(size_n, tiles["BLOCK_N"])
     grid = (triton.cdiv(x.shape[0], tiles["BLOCK_M"]) * rows * cuts,)
     with torch.cuda.device_of(x):
@@ -399,7 +421,7 @@ def grad_weight(
         return out
     grad, x = _rows(grad), _rows(x)
     tokens = x.shape[0]
-    tiles = grad_weight_config(block_out, block_in, x.dtype)
+    tiles = grad_weight_config(block_out, block_in, x.dtype, _tuning.table(NAME, x.device))
     programs = nnz * triton.cdiv(block_out, tiles["BLOCK_OUT"])
     programs *= triton.cdiv(block_in, tiles["BLOCK_IN"])
     parts = max(1, min(_SPLIT_BELOW_PROGRAMS // programs, tokens // _SPLIT_TOKENS))

@@ -19,16 +19,15 @@ would not stay within 1e-6, for tensor cores do not round their sums to nearest.
 """
 
 import inspect
-import json
 import math
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from lean_kernels import _tuning
 from lean_kernels.ops.ragged_attention.triton_backward import (
     _grad_keys_kernel,
     _grad_packed_kernel,
@@ -186,39 +185,23 @@ def _clamp(size: int, low: int, high: int) -> int:
     return min(max(triton.next_power_of_2(size), low), high)
 
 
-@cache
-def _architecture(device: torch.device) -> str:
-    """Whose configurations a device takes."""
-    if torch.version.hip:
-        return "gfx942"
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return "sm_90" if hopper else "sm_80"
-
-
-@cache
-def _widest(architecture: str) -> dict:
-    """configs/<architecture>.json: by dtype, kernel and largest BLOCK_D, [BLOCK_M, BLOCK_N, warps,
-    stages] of the largest tiles that spill no registers and fit the shared memory: 227 KiB on
-    sm_90, 64 KiB on gfx942, and 99 KiB for sm_80, whose table serves every other CUDA device. Not
-    tuned on any of them."""
-    path = Path(__file__).parent / "configs" / f"{architecture}.json"
-    return json.loads(path.read_text())
-
-
 def config(
-    kernel: str, architecture: str, dtype: torch.dtype, block_d: int, rows: int, keys: int
+    kernel: str, table: dict, dtype: torch.dtype, block_d: int, rows: int, keys: int
 ) -> dict | None:
     """Tile sizes and launch options of one kernel; None: it cannot hold such sequences.
 
     Args:
         kernel: "tiles", "scores", "packed", "resident", "grad_query", "grad_keys", "grad_packed".
-        architecture: "sm_80", "sm_90" or "gfx942".
+        table: by dtype ("half" or "float32"), kernel and largest BLOCK_D, [BLOCK_M, BLOCK_N, warps,
+            stages]. Those shipped, configs/<architecture>.json, are the largest tiles that spill no
+            registers and fit the shared memory: 227 KiB on sm_90, 64 KiB on gfx942, and 99 KiB for
+            sm_80, whose table serves every other CUDA device. None is tuned on hardware.
         dtype: of the query.
         block_d: head dimension, rounded up to a power of two.
         rows, keys: of a typical sequence; for "packed", "resident" and "grad_packed" of the
             longest one. Rows of the heads that a tile holds side by side all count.
     """
-    of_kernel = _widest(architecture)["half" if dtype.itemsize == 2 else "float32"].get(kernel, {})
+    of_kernel = table["half" if dtype.itemsize == 2 else "float32"].get(kernel, {})
     widest = next((of_kernel[d] for d in of_kernel if block_d <= int(d)), None)
     whole = kernel in ("packed", "resident", "grad_packed")
     if widest is None or (whole and keys > widest[1]):
@@ -243,7 +226,8 @@ def _block_d(call: _Call) -> int:
 
 
 def _config(kernel: str, call: _Call, pack: int = 1) -> dict | None:
-    shared = _architecture(call.query.device), call.query.dtype, _block_d(call)
+    table = _tuning.table("ragged_attention", call.query.device)
+    shared = table, call.query.dtype, _block_d(call)
     if kernel in ("packed", "resident", "grad_packed"):
         if call.cu_k is not None:
             return None  # max_seqlen may not count their keys
