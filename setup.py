@@ -20,12 +20,13 @@ from setuptools.modified import newer_group
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11; later ones load it too
 OPS = ("add_layer_norm", "block_sparse_linear", "ragged_attention", "token_selection")
 HOST = ["csrc/register_cpu.cpp", "csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in OPS)]
-KERNELS = [f"csrc/cpu/isa/{name}.cpp" for name in (*OPS, "fma_peak")]  # once per instruction set
-ISAS = {"generic": []}
+KERNELS = [f"csrc/cpu/isa/{name}.cpp" for name in (*OPS, "block_sparse_int8", "fma_peak")]
+ISAS = {"generic": []}  # KERNELS are compiled once for each
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     ISAS["avx512"] += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
+VNNI = {("csrc/cpu/isa/block_sparse_int8.cpp", "avx512"): ["-mavx512vnni"]}
 CUDA = ["csrc/cuda/token_compaction.cu", "csrc/register_cuda.cpp"]
 CUDA_HOME = os.environ.get("CUDA_HOME")
 NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
@@ -95,7 +96,8 @@ class BuildKernels(build_ext):
         def compile_each(sources, output_dir=None, macros=None, extra_postargs=None, **kwargs):
             def one(source, isa=None):
                 defined = [*macros, ("LEAN_KERNELS_ISA", isa)] if isa else macros
-                flags = [*(extra_postargs or []), *ISAS.get(isa, []), *sanitize]
+                isa_flags = ISAS.get(isa, []) + VNNI.get((source, isa), [])
+                flags = [*(extra_postargs or []), *isa_flags, *sanitize]
                 place = f"{output_dir}/{isa}" if isa else output_dir
                 return compile_one([source], place, defined, extra_postargs=flags, **kwargs)
 

@@ -132,7 +132,8 @@ def test_numerics_of_each_instruction_set(isa):
         for op in ("block_sparse_linear", "ragged_attention")
         for part in ("", "_gradients")
     ]
-    files += ["tests/ops/test_add_layer_norm.py", "tests/ops/test_token_selection.py"]
+    others = ("add_layer_norm", "block_sparse_linear_int8", "token_selection")
+    files += [f"tests/ops/test_{op}.py" for op in others]
     core = (
         "cpu and (sizes or epilogue or height or every or range or activations or head_dims or "
         "groups)"

@@ -20,6 +20,7 @@ constexpr double kSerialFlop = 5e5;    // below this a second thread costs more 
 // Larger weights are not real, and could overflow the sizes computed from them.
 constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
 constexpr int64_t kMostBlockColumns = 0x7fffffff;  // what int32 indices can name
+constexpr int64_t kMostInt8Inputs = 1 << 16;  // 255 * 128 times that fits int32
 
 // Indices of a pattern. Checked on every call: it is cheap, and no kernel can then leave its bounds.
 struct Pattern {
@@ -138,24 +139,16 @@ Tensor output_like(const Tensor& x, int64_t features) {
   return Tensor(y);
 }
 
-}  // namespace
-
-Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& crow_indices,
-                           const Tensor& col_indices, std::optional<Tensor> bias,
-                           std::optional<Tensor> residual, int64_t out_features,
-                           int64_t activation) {
-  check_weight(weight, x, col_indices);
+// activation(x Wᵀ + bias) + residual; what differs by the kind of weight is in `matrix` and `scales`.
+Tensor multiply(const Tensor& x, const Pattern& pattern, const BlockMatrix& matrix,
+                const float* scales, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                int64_t out_features, int64_t activation, const BlockSparseKernels& kernels) {
   const Rows in(x, kOp);
-  STD_TORCH_CHECK(in.cols > 0 && out_features > 0 && activation >= 0 && activation <= 4,
-                  "block_sparse_linear: in_features and out_features must be positive and "
-                  "activation a code from 0 to 4");
-  const Pattern pattern(crow_indices, col_indices, ceil_div(out_features, weight.size(1)),
-                        ceil_div(in.cols, weight.size(2)));
   Tensor y = output_like(x, out_features);
   Product p{in.tensor.const_data_ptr(), nullptr,  nullptr,      y.mutable_data_ptr(),
             in.stride,                  0,        out_features, in.count,
             in.cols,                    out_features, int(activation), pattern.most,
-            block_matrix(weight, pattern)};
+            matrix,                     scales};
   std::optional<Rows> added;
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features &&
@@ -171,8 +164,63 @@ Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& 
     p.residual = added->tensor.const_data_ptr();
     p.ldr = added->stride;
   }
-  run_product(p, cpu_kernels().block_sparse[dtype_of(x, kOp)]);
+  run_product(p, kernels);
   return y;
+}
+
+int64_t features_of(const Tensor& x, int64_t out_features, int64_t activation) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0 && out_features > 0 && activation >= 0 &&
+                      activation <= 4,
+                  "block_sparse_linear: in_features and out_features must be positive and "
+                  "activation a code from 0 to 4");
+  return x.size(x.dim() - 1);
+}
+
+}  // namespace
+
+Tensor block_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& crow_indices,
+                           const Tensor& col_indices, std::optional<Tensor> bias,
+                           std::optional<Tensor> residual, int64_t out_features,
+                           int64_t activation) {
+  check_weight(weight, x, col_indices);
+  const int64_t in_features = features_of(x, out_features, activation);
+  const Pattern pattern(crow_indices, col_indices, ceil_div(out_features, weight.size(1)),
+                        ceil_div(in_features, weight.size(2)));
+  return multiply(x, pattern, block_matrix(weight, pattern), nullptr, bias, residual, out_features,
+                  activation, cpu_kernels().block_sparse[dtype_of(x, kOp)]);
+}
+
+// weight int8 [nnz, block_in / 4, block_out, 4], weight_scales float32 [out_features].
+Tensor block_sparse_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& weight_scales,
+                                const Tensor& crow_indices, const Tensor& col_indices,
+                                std::optional<Tensor> bias, std::optional<Tensor> residual,
+                                int64_t out_features, int64_t activation) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(3) == 4 &&
+                      weight.scalar_type() == ScalarType::Char && col_indices.dim() == 1 &&
+                      weight.size(0) == col_indices.size(0),
+                  "block_sparse_linear: an int8 weight must be [nnz, block_in / 4, block_out, 4] "
+                  "with nnz as in col_indices");
+  const int64_t block_out = weight.size(2), block_in = 4 * weight.size(1);
+  check_blocks(weight.size(0), block_out, block_in);
+  const int64_t in_features = features_of(x, out_features, activation);
+  STD_TORCH_CHECK(block_out % 16 == 0 && in_features <= kMostInt8Inputs,
+                  "block_sparse_linear: int8 takes block_out of multiples of 16 and at most ",
+                  kMostInt8Inputs, " in_features, got blocks of ", block_out, "x", block_in, " and ",
+                  in_features);
+  STD_TORCH_CHECK(weight_scales.dim() == 1 && weight_scales.size(0) == out_features &&
+                      weight_scales.scalar_type() == ScalarType::Float,
+                  "block_sparse_linear: weight_scales must be float32 [out_features]");
+  const Dtype dtype = dtype_of(x, kOp);
+  STD_TORCH_CHECK(dtype != kFloat64,
+                  "block_sparse_linear: int8 takes float32, bfloat16 and float16 rows of x");
+  const Pattern pattern(crow_indices, col_indices, ceil_div(out_features, block_out),
+                        ceil_div(in_features, block_in));
+  const Tensor blocks = as_contiguous(weight), scales = as_contiguous(weight_scales);
+  const BlockMatrix matrix{blocks.const_data_ptr(), pattern.ptr, pattern.index,
+                           nullptr,                 pattern.groups, block_out,
+                           block_in,                block_out * block_in, 4, 4 * block_out};
+  return multiply(x, pattern, matrix, static_cast<const float*>(scales.const_data_ptr()), bias,
+                  residual, out_features, activation, cpu_kernels().block_sparse_int8[dtype]);
 }
 
 Tensor block_sparse_linear_grad_input(const Tensor& grad, const Tensor& weight,

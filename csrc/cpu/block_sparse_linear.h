@@ -32,6 +32,7 @@ struct Product {
   int activation;
   int64_t max_entries;  // most entries of any group
   BlockMatrix w;
+  const float* weight_scales = nullptr;  // [out_features], of int8 weights
 };
 
 // The part of a product one task computes.

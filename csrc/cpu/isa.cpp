@@ -12,12 +12,20 @@
 namespace lean_kernels {
 namespace {
 
-#define KERNELS(isa)                                                                            \
-  {#isa, isa::block_sparse, isa::add_layer_norm, isa::attention, isa::selection, isa::fma_peak}
+#define KERNELS(isa)                                                                             \
+  {#isa,           isa::block_sparse, isa::block_sparse_int8, isa::add_layer_norm, isa::attention, \
+   isa::selection, isa::fma_peak}
 
 const CpuKernels kGeneric = KERNELS(generic);
 #if defined(__x86_64__)
-const CpuKernels kAvx2 = KERNELS(avx2), kAvx512 = KERNELS(avx512);
+const CpuKernels kAvx2 = KERNELS(avx2);
+
+// The int8 kernels of AVX-512 need VNNI too.
+CpuKernels avx512_kernels() {
+  CpuKernels kernels = KERNELS(avx512);
+  if (!__builtin_cpu_supports("avx512vnni")) kernels.block_sparse_int8 = avx2::block_sparse_int8;
+  return kernels;
+}
 #endif
 
 struct Candidate {
@@ -32,6 +40,7 @@ const CpuKernels& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  static const CpuKernels kAvx512 = avx512_kernels();
   const Candidate candidates[] = {
       {&kAvx512, avx512}, {&kAvx2, avx2}, {&kGeneric, true}};
 #else

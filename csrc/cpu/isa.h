@@ -15,6 +15,7 @@ enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
 #define LEAN_KERNELS_DECLARE(isa)                                                              \
   namespace isa {                                                                              \
   extern const BlockSparseKernels block_sparse[kDtypes];                                       \
+  extern const BlockSparseKernels block_sparse_int8[kDtypes]; /* none for float64 */           \
   extern const AddLayerNormKernel add_layer_norm[kDtypes];                                     \
   extern const AttentionKernels attention[kDtypes];                                            \
   extern const SelectionKernels selection[2]; /* of float32 and float64 scores */              \
@@ -28,6 +29,7 @@ LEAN_KERNELS_DECLARE(avx512)
 struct CpuKernels {
   const char* name;
   const BlockSparseKernels* block_sparse;
+  const BlockSparseKernels* block_sparse_int8;  // of x's dtype
   const AddLayerNormKernel* add_layer_norm;
   const AttentionKernels* attention;
   const SelectionKernels* selection;

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lean_kernels.ops.block_sparse_linear import bsr, op
+from lean_kernels.ops.block_sparse_linear import bsr, int8, op
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
@@ -50,6 +50,10 @@ class BlockSparseLinear(nn.Module):
 
     State: `weight` [nnz, block_out, block_in] and `bias` are parameters, `crow_indices` and
     `col_indices` (int32) are buffers. Kept blocks train; dropped ones stay zero.
+
+    With weight_dtype="int8", for inference, `weight` is a buffer, int8 [nnz, block_in / 4,
+    block_out, 4] (see `ops.block_sparse_linear.int8`), and so is `weight_scales`, float32
+    [out_features]; x is rounded to int8 on the way in, row by row.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class BlockSparseLinear(nn.Module):
         block_shape: tuple[int, int] = (32, 32),
         bias: bool = True,
         activation: str | None = None,
+        weight_dtype: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -87,7 +92,16 @@ class BlockSparseLinear(nn.Module):
         self.block_shape = block_shape
         self.activation = activation
         options = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(bsr.blocks_empty(nnz, block_shape, **options))
+        if _is_int8(weight_dtype):
+            int8.check_block_shape(block_shape, "BlockSparseLinear")
+            packed = (nnz, block_shape[1] // 4, block_shape[0], 4)
+            zeros = torch.zeros(packed, dtype=torch.int8, device=device)
+            self.register_buffer("weight", zeros)
+            ones = torch.ones(out_features, dtype=torch.float32, device=device)
+            self.register_buffer("weight_scales", ones)
+        else:
+            self.weight = nn.Parameter(bsr.blocks_empty(nnz, block_shape, **options))
+            self.weight_scales = None
         self.bias = nn.Parameter(torch.empty(out_features, **options)) if bias else None
         index = {"device": device, "dtype": torch.int32}
         self.register_buffer("crow_indices", torch.zeros(block_rows + 1, **index))
@@ -103,6 +117,7 @@ class BlockSparseLinear(nn.Module):
         density: float | None = None,
         mask: Tensor | None = None,
         activation: str | None = None,
+        weight_dtype: str | None = None,
     ) -> "BlockSparseLinear":
         """The block-sparse form of an nn.Linear (or a transformers Conv1D).
 
@@ -114,6 +129,7 @@ class BlockSparseLinear(nn.Module):
                 weights does, and its dropped weights become zero), or [block_rows, block_cols] of
                 blocks to keep.
             activation: fused onto the output.
+            weight_dtype: None for that of the linear, or "int8".
 
         With neither `density` nor `mask`, exactly the blocks that hold a non-zero are kept.
         """
@@ -165,13 +181,41 @@ class BlockSparseLinear(nn.Module):
             layer.bias = nn.Parameter(
                 linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad
             )
-        return layer.train(linear.training)
+        layer = layer.train(linear.training)
+        return layer.to_int8() if _is_int8(weight_dtype) else layer
+
+    @torch.no_grad()
+    def to_int8(self) -> "BlockSparseLinear":
+        """The layer with its weight rounded to int8, symmetrically per output."""
+        if self.weight_scales is not None:
+            return self
+        layer = type(self)(
+            self.in_features,
+            self.out_features,
+            self.nnz,
+            block_shape=self.block_shape,
+            bias=self.bias is not None,
+            activation=self.activation,
+            weight_dtype="int8",
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        layer.crow_indices, layer.col_indices = self.crow_indices, self.col_indices
+        layer.weight, layer.weight_scales = int8.quantise(
+            self.weight, self.crow_indices, self.out_features
+        )
+        layer.bias = self.bias
+        return layer.train(self.training)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The dense nn.Linear with the same weights (a fused activation does not carry over)."""
+        blocks = self.weight
+        if self.weight_scales is not None:
+            dtype = torch.float32 if self.bias is None else self.bias.dtype
+            blocks = int8.dequantise(blocks, self.weight_scales, self.crow_indices, dtype)
         weight = bsr.to_dense(
-            self.weight, self.crow_indices, self.col_indices, self.out_features, self.in_features
+            blocks, self.crow_indices, self.col_indices, self.out_features, self.in_features
         )
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -183,8 +227,13 @@ class BlockSparseLinear(nn.Module):
 
     def validate(self, name: str = "BlockSparseLinear") -> None:
         """Raise ValueError unless the stored pattern is well formed. Call after loading."""
+        scales, blocks = self.weight_scales, self.weight
+        if scales is not None:
+            blocks = int8.unpack(blocks)
+            if not scales.is_meta and not bool(scales.isfinite().all()):
+                raise ValueError(f"{name}: weight_scales must be finite")
         bsr.validate(
-            self.weight,
+            blocks,
             self.crow_indices,
             self.col_indices,
             self.out_features,
@@ -210,6 +259,8 @@ class BlockSparseLinear(nn.Module):
             residual,
             self.out_features,
             self.activation,
+            None,
+            buffers.get("weight_scales"),
         )
 
     @property
@@ -239,7 +290,17 @@ class BlockSparseLinear(nn.Module):
             f"block_shape={block_out}x{block_in}, density={self.density:.3g}, "
             f"bias={self.bias is not None}"
         )
+        if self.weight_scales is not None:
+            text += ", weight_dtype=int8"
         return text if self.activation is None else f"{text}, activation={self.activation}"
+
+    def _apply(self, fn, recurse=True):
+        scales = self.weight_scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.weight_scales.dtype != scales.dtype:
+            # .half() and the like mean what is computed in: scales must stay as exact as they were.
+            self.weight_scales = scales.to(self.weight.device)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -252,6 +313,14 @@ class BlockSparseLinear(nn.Module):
                     self.validate(prefix.rstrip(".") or "BlockSparseLinear")
                 except ValueError as error:
                     error_msgs.append(str(error))
+
+
+def _is_int8(weight_dtype: str | None) -> bool:
+    if weight_dtype not in (None, "int8"):
+        raise ValueError(
+            f"BlockSparseLinear: weight_dtype must be None or 'int8', got {weight_dtype!r}"
+        )
+    return weight_dtype == "int8"
 
 
 def _block_shape(block_shape) -> tuple[int, int]:

@@ -338,3 +338,60 @@ def test_a_dense_state_dict_is_refused():
     linear, _ = linear_with_zero_blocks()
     with pytest.raises(RuntimeError, match=r"size mismatch for weight"):
         layer_of().load_state_dict(linear.state_dict())
+
+
+def test_int8_follows_the_layer_it_is_made_of():
+    layer = layer_of(activation="gelu")
+    lean = layer.to_int8()
+    assert "weight_dtype=int8" in repr(lean) and lean.to_int8() is lean
+    assert [name for name, _ in lean.named_parameters()] == ["bias"]
+    x = torch.randn(5, 90)
+    with torch.no_grad():
+        difference = lean(x) - layer(x)
+        assert difference.norm() < 0.02 * layer(x).norm()
+        assert torch.equal(lean.block_mask, layer.block_mask)
+        torch.testing.assert_close(
+            lean.to_linear().weight, layer.to_linear().weight, atol=1e-3, rtol=0
+        )
+
+
+def test_int8_state_round_trips_and_is_checked():
+    lean = layer_of().to_int8()
+    fresh = BlockSparseLinear(90, 70, lean.nnz, weight_dtype="int8")
+    fresh.load_state_dict(lean.state_dict())
+    x = torch.randn(3, 90)
+    with torch.no_grad():
+        assert torch.equal(fresh(x), lean(x)) and torch.equal(copy.deepcopy(lean)(x), lean(x))
+    state = lean.state_dict()
+    state["col_indices"] = state["col_indices"].flip(0)
+    with pytest.raises(RuntimeError, match="must ascend"):
+        BlockSparseLinear(90, 70, lean.nnz, weight_dtype="int8").load_state_dict(state)
+    state = lean.state_dict()
+    state["weight_scales"][3] = torch.nan
+    with pytest.raises(RuntimeError, match="weight_scales must be finite"):
+        BlockSparseLinear(90, 70, lean.nnz, weight_dtype="int8").load_state_dict(state)
+
+
+def test_int8_scales_stay_exact_when_the_model_becomes_half():
+    lean = layer_of().to_int8()
+    scales = lean.weight_scales.clone()
+    half = lean.bfloat16()
+    assert half.weight_scales.dtype == torch.float32 and torch.equal(half.weight_scales, scales)
+    with torch.no_grad():
+        assert half(torch.randn(3, 90, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_int8_compiles():
+    lean = layer_of(activation="relu").to_int8()
+    compiled = torch.compile(lean, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 7):
+            x = torch.randn(rows, 90)
+            torch.testing.assert_close(compiled(x), lean(x))
+
+
+@pytest.mark.parametrize("options", [{"weight_dtype": "int4"}, {"block_shape": (4, 16)}], ids=str)
+def test_int8_refuses(options):
+    options = {"weight_dtype": "int8"} | options
+    with pytest.raises(ValueError, match=r"weight_dtype must be|a multiple of 16 outputs"):
+        BlockSparseLinear.from_linear(torch.nn.Linear(64, 64), **options)

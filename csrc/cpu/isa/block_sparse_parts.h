@@ -95,7 +95,7 @@ LK_INLINE void finish_columns(const A* tile, int64_t ldt, int rows, int64_t cols
       } else {
         A lanes[W];
         store(lanes, v.v[i]);
-        for (int64_t c = 0; c < left; ++c)
+        for (int64_t c = 0; c < W && c < left; ++c)
           narrow(add ? lanes[c] + widen(add[c]) : lanes[c], to + c);
       }
     }

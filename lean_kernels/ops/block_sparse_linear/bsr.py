@@ -126,8 +126,8 @@ def validate(
 
     if weight.dim() != 3:
         fail(f"weight must be [nnz, block_out, block_in], got shape {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        fail(f"weight must be a floating point tensor, got {weight.dtype}")
+    if not weight.is_floating_point() and weight.dtype != torch.int8:
+        fail(f"weight must be a floating point or int8 tensor, got {weight.dtype}")
     nnz, block_out, block_in = weight.shape
     if block_out < 1 or block_in < 1 or rows < 1 or cols < 1:
         fail(

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from lean_kernels._autocast import autocast
 from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
-from lean_kernels.ops.block_sparse_linear import bsr, reference
+from lean_kernels.ops.block_sparse_linear import bsr, int8, reference
 
 NAME = "block_sparse_linear"
 IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON)
@@ -36,6 +36,13 @@ def _reference_grad_input(grad, weight, crow, col, in_features):
 def _reference_grad_weight(grad, x, crow, col, block_out, block_in):
     _check_bounds(crow, col, x.shape[-1], block_in)
     return reference.grad_weight(grad, x, crow, col, (block_out, block_in))
+
+
+def _reference_int8(x, weight, scales, crow, col, bias, residual, out_features, activation):
+    name = ACTIVATIONS[activation]
+    _check(x, weight, crow, col, bias, residual, out_features, name, None, scales)
+    _check_bounds(crow, col, x.shape[-1], 4 * weight.shape[1])
+    return int8.forward(x, weight, scales, crow, col, bias, residual, out_features, name)
 
 
 _INDICES = "Tensor weight, Tensor crow_indices, Tensor col_indices"
@@ -67,6 +74,16 @@ _grad_weight = Kernel(
 )
 
 
+_int8_forward = Kernel(
+    "block_sparse_linear_int8",
+    "(Tensor x, Tensor weight, Tensor weight_scales, Tensor crow_indices, Tensor col_indices, "
+    "Tensor? bias, Tensor? residual, int out_features, int activation) -> Tensor",
+    reference=_reference_int8,
+    fake=lambda x, w, s, crow, col, b, r, n, a: x.new_empty(*x.shape[:-1], n),
+    triton="lean_kernels.ops.block_sparse_linear.triton_int8:forward",
+)
+
+
 class _BlockSparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, crow, col, bias, residual, out_features, impl):
@@ -88,6 +105,30 @@ class _BlockSparseLinear(torch.autograd.Function):
         return dx, dw, None, None, db, grad if need_residual else None, None, None
 
 
+class _Int8(torch.autograd.Function):
+    """The rounding of x counts as the identity in backward; the weight gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scales, crow, col, bias, residual, out_features, impl):
+        ctx.save_for_backward(weight, scales, crow, col)
+        ctx.in_features, ctx.impl = x.shape[-1], impl
+        kernel = _int8_forward.of(impl, x.device.type)
+        return kernel(x, weight, scales, crow, col, bias, residual, out_features, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, scales, crow, col = ctx.saved_tensors
+        need_x, need_bias, need_residual = (ctx.needs_input_grad[i] for i in (0, 5, 6))
+        dx = None
+        if need_x:
+            blocks = int8.dequantise(weight, scales, crow, grad.dtype)
+            grad_input = _grad_input.of(ctx.impl, grad.device.type)
+            dx = grad_input(grad, blocks, crow, col, ctx.in_features)
+        db = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return dx, None, None, None, None, db, grad if need_residual else None, None, None
+
+
 def apply(
     x: Tensor,
     weight: Tensor,
@@ -98,10 +139,15 @@ def apply(
     out_features: int,
     activation: str | None,
     impl: Impl | None = None,
+    weight_scales: Tensor | None = None,
 ) -> Tensor:
     """The op without the checks of `block_sparse_linear`, for layers that made them once."""
     device = x.device.type
     x, weight, bias, residual = autocast(device, x, weight, bias, residual)
+    if weight_scales is None:
+        function, kernel, blocks = _BlockSparseLinear, _forward, (weight,)
+    else:
+        function, kernel, blocks = _Int8, _int8_forward, (weight, weight_scales)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
@@ -110,9 +156,7 @@ def apply(
     ):
         # With an activation its input is needed in backward: torch's own activation keeps it.
         inner = residual if activation is None else None
-        y = _BlockSparseLinear.apply(
-            x, weight, crow_indices, col_indices, bias, inner, out_features, impl
-        )
+        y = function.apply(x, *blocks, crow_indices, col_indices, bias, inner, out_features, impl)
         if activation is not None:
             y = reference.ACTIVATIONS[activation](y)
             if residual is not None:
@@ -120,8 +164,8 @@ def apply(
                 y = y + residual
         return y
     code = ACTIVATIONS.index(activation)
-    kernel = _forward.of(impl, device)
-    return kernel(x, weight, crow_indices, col_indices, bias, residual, out_features, code)
+    run = kernel.of(impl, device)
+    return run(x, *blocks, crow_indices, col_indices, bias, residual, out_features, code)
 
 
 def _check_added(label: str, tensor: Tensor | None, shape, dtype: torch.dtype) -> None:
@@ -132,13 +176,20 @@ def _check_added(label: str, tensor: Tensor | None, shape, dtype: torch.dtype) -
         )
 
 
-def _check(x, weight, crow, col, bias, residual, out_features, activation, impl) -> None:
+def _check(
+    x, weight, crow, col, bias, residual, out_features, activation, impl, scales=None
+) -> None:
     def fail(problem: str) -> None:
         raise ValueError(f"{NAME}: {problem}")
 
     if activation not in ACTIVATIONS:
         fail(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
-    if weight.dim() != 3:
+    is_int8 = weight.dtype == torch.int8
+    if is_int8:
+        int8.check(x, weight, scales, out_features)
+    elif scales is not None:
+        fail(f"weight_scales go with an int8 weight, got one of {weight.dtype}")
+    elif weight.dim() != 3:
         fail(f"weight must be [nnz, block_out, block_in], got shape {tuple(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] < 1 or out_features < 1 or min(weight.shape[1:]) < 1:
         fail(
@@ -146,12 +197,13 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
             f"positive, got x {list(x.shape)}, out_features {out_features}, weight "
             f"{list(weight.shape)}"
         )
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+    if not is_int8 and (x.dtype not in DTYPES or weight.dtype != x.dtype):
         fail(
             f"x and weight must share one of {', '.join(map(str, DTYPES))}, "
             f"got {x.dtype} and {weight.dtype}"
         )
-    block_rows, _ = bsr.grid(out_features, x.shape[-1], tuple(weight.shape[1:]))
+    block = int8.block_shape(weight) if is_int8 else tuple(weight.shape[1:])
+    block_rows, _ = bsr.grid(out_features, x.shape[-1], block)
     for label, index, size in (("crow", crow, block_rows + 1), ("col", col, weight.shape[0])):
         if index.dtype != torch.int32 or index.shape != (size,):
             fail(
@@ -161,8 +213,9 @@ def _check(x, weight, crow, col, bias, residual, out_features, activation, impl)
     _check_added("bias", bias, (out_features,), x.dtype)
     _check_added("residual", residual, (*x.shape[:-1], out_features), x.dtype)
     check_devices(
-        NAME, x=x, weight=weight, crow_indices=crow, col_indices=col, bias=bias, residual=residual
-    )
+        NAME, x=x, weight=weight, weight_scales=scales, crow_indices=crow, col_indices=col,
+        bias=bias, residual=residual,
+    )  # fmt: skip
     check_impl(NAME, impl, x.device)
 
 
@@ -176,6 +229,7 @@ def block_sparse_linear(
     out_features: int,
     activation: str | None = None,
     residual: Tensor | None = None,
+    weight_scales: Tensor | None = None,
     impl: Impl | str | None = None,
 ) -> Tensor:
     """activation(x Wᵀ + bias) + residual, with W [out_features, in_features] kept as BSR blocks.
@@ -189,6 +243,9 @@ def block_sparse_linear(
         out_features: rows of W (not derivable from the padded blocks).
         activation: None, "relu", "gelu" (exact erf), "gelu_tanh" or "silu".
         residual: [..., out_features] or None, added after the activation.
+        weight_scales: float32 [out_features], for a weight int8 [nnz, block_in / 4, block_out, 4]
+            as `block_sparse_linear.int8.quantise` makes it. x (not float64) is then rounded to int8
+            too, row by row; block_out must be a multiple of 16.
         impl: "reference", "cpu", "triton", or None for the best one of the device.
 
     Returns:
@@ -204,12 +261,14 @@ def block_sparse_linear(
     of unknown origin once with `lean_kernels.ops.block_sparse_linear.bsr.validate`. On CPU indices
     out of range are refused on every call; the Triton kernels mask them.
 
-    Differentiable once in x, weight (kept blocks only), bias and residual. The format is SciPy's
-    and torch's BSR; block pruning of this kind: MLPruning, arXiv 2105.14636.
+    Differentiable once in x, weight (kept blocks only; not an int8 one), bias and residual. The
+    format is SciPy's and torch's BSR; block pruning of this kind: MLPruning, arXiv 2105.14636.
     """
     chosen = resolve(NAME, impl, IMPLS)
     x, weight, bias, residual = autocast(x.device.type, x, weight, bias, residual)
-    _check(x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen)
-    return apply(
-        x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen
-    )
+    arguments = (
+        x, weight, crow_indices, col_indices, bias, residual, out_features, activation, chosen,
+        weight_scales,
+    )  # fmt: skip
+    _check(*arguments)
+    return apply(*arguments)

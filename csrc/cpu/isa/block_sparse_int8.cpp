@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+// block_sparse_linear over int8 weights: rows of x are quantised to int8 while they are packed, the
+// products summed in int32, and scaled back with the epilogue.
+//
+// The byte products take one unsigned factor, so x is stored as q + 128, and 128 times the sum of an
+// output's weights is taken off again. Integer sums are exact: their order does not matter.
+#include "../isa.h"
+
+#include <cmath>
+
+#include "block_sparse_parts.h"
+
+namespace lean_kernels {
+namespace {
+
+using Ints = Vec<int32_t>;
+constexpr int kLanes32 = kLanes<int32_t>;
+
+// Four weights of each of a vector's outputs, as the products want them.
+#if defined(__AVX512VNNI__)
+struct Weights {
+  __m512i bytes;
+  LK_INLINE explicit Weights(const int8_t* p) : bytes(_mm512_loadu_si512(p)) {}
+};
+LK_INLINE Ints add_products(Ints sum, const Weights& w, int32_t x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), w.bytes);
+}
+#elif defined(__AVX512BW__)
+struct Weights {
+  __m512i even, odd;  // sign-extended to 16 bits
+  LK_INLINE explicit Weights(const int8_t* p) {
+    const __m512i bytes = _mm512_loadu_si512(p);
+    even = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
+    odd = _mm512_srai_epi16(bytes, 8);
+  }
+};
+LK_INLINE Ints add_products(Ints sum, const Weights& w, int32_t x) {
+  const __m512i even = _mm512_set1_epi32(x & 0x00ff00ff);
+  const __m512i odd = _mm512_set1_epi32(int32_t(uint32_t(x) >> 8 & 0x00ff00ff));
+  return sum + (Ints)_mm512_madd_epi16(w.even, even) + (Ints)_mm512_madd_epi16(w.odd, odd);
+}
+#elif defined(__AVX2__)
+struct Weights {
+  __m256i even, odd;
+  LK_INLINE explicit Weights(const int8_t* p) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+    odd = _mm256_srai_epi16(bytes, 8);
+  }
+};
+LK_INLINE Ints add_products(Ints sum, const Weights& w, int32_t x) {
+  const __m256i even = _mm256_set1_epi32(x & 0x00ff00ff);
+  const __m256i odd = _mm256_set1_epi32(int32_t(uint32_t(x) >> 8 & 0x00ff00ff));
+  return sum + (Ints)_mm256_madd_epi16(w.even, even) + (Ints)_mm256_madd_epi16(w.odd, odd);
+}
+#else
+struct Weights {
+  Ints part[4];
+  LK_INLINE explicit Weights(const int8_t* p) {
+    for (int i = 0; i < 4 * kLanes32; ++i) part[i % 4][i / 4] = p[i];
+  }
+};
+LK_INLINE Ints add_products(Ints sum, const Weights& w, int32_t x) {
+  for (int i = 0; i < 4; ++i) sum += w.part[i] * int32_t(uint32_t(x) >> 8 * i & 255);
+  return sum;
+}
+#endif
+
+LK_INLINE int32_t four_bytes(const uint8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return x;
+}
+
+// Rows of x as q + 128, [input block][rows][block_in], and their scales: x is about scale * q, q from
+// -127 to 127. A row that is not finite gets the scale NaN.
+template <class S>
+void quantise_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t block_in,
+                   float* wide, uint8_t* panel, int64_t panel_rows, float* scales) {
+  constexpr int W = kLanes<float>;
+  for (int64_t r = 0; r < rows; ++r, x += ldx) {
+    Vec<float> most = {}, check = {};
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      const Vec<float> v = load_wide(x + c);
+      store(wide + c, v);
+      const Vec<float> size = v < 0.0f ? -v : v;
+      most = size > most ? size : most;
+      check += v * 0.0f;
+    }
+    float largest = 0, finite = 0;
+    for (int i = 0; i < W; ++i) {
+      largest = most[i] > largest ? most[i] : largest;
+      finite += check[i];
+    }
+    for (; c < cols; ++c) {
+      wide[c] = float(widen(x[c]));
+      largest = std::fabs(wide[c]) > largest ? std::fabs(wide[c]) : largest;
+      finite += wide[c] * 0.0f;
+    }
+    scales[r] = largest / 127.0f + finite;
+    const float inverse = largest > 1e-36f && finite == 0 ? 127.0f / largest : 0.0f;
+    uint8_t* to = panel + r * block_in;
+    for (int64_t b = 0; b < cols; b += block_in, to += panel_rows * block_in) {
+      const int64_t n = min_of(block_in, cols - b);
+      int64_t k = 0;
+#if defined(__AVX512F__)
+      for (; k + W <= n; k += W) {
+        const __m512i q = _mm512_cvtps_epi32(_mm512_loadu_ps(wide + b + k) * inverse);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k),
+                         _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
+      }
+#endif
+      for (; k < n; ++k) to[k] = uint8_t(int32_t(std::nearbyintf(wide[b + k] * inverse)) + 128);
+      for (; k < block_in; ++k) to[k] = 128;
+    }
+  }
+}
+
+// One group's entries; weights [entry][block_in / 4][block_out][4].
+struct Entries8 {
+  const int32_t* index;
+  int64_t count;
+  const int8_t* w;
+  int64_t block, w_step;  // bytes from entry to entry, and from four inputs to the next four
+  int64_t block_in;
+};
+
+// sums [R][V vectors] = init + the products of R rows of a panel. kParts sums run side by side where
+// few rows leave the multiplier idle.
+template <int R, int V, int kParts>
+void tile_int8(const Entries8& e, const uint8_t* x, const Ints* init, int32_t* sums) {
+  Ints acc[kParts][R][V];
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[p][r][v] = p ? Ints{} : init[v];
+  for (int64_t i = 0; i < e.count; ++i) {
+    const uint8_t* xb = x + e.index[i] * (R * e.block_in);
+    const int8_t* wk = e.w + i * e.block;
+    for (int64_t k = 0; k < e.block_in; k += 4 * kParts)
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p, wk += e.w_step) {
+        const Weights w[2] = {Weights(wk), Weights(wk + (V - 1) * 4 * kLanes32)};
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const int32_t four = four_bytes(xb + r * e.block_in + k + 4 * p);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v)
+            acc[p][r][v] = add_products(acc[p][r][v], w[v], four);
+        }
+      }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      Ints sum = acc[0][r][v];
+#pragma GCC unroll 4
+      for (int p = 1; p < kParts; ++p) sum += acc[p][r][v];
+      store(sums + (r * V + v) * kLanes32, sum);
+    }
+}
+
+using TileInt8 = void (*)(const Entries8&, const uint8_t*, const Ints*, int32_t*);
+
+template <int V, int R>
+TileInt8 tile_int8_of_height(int64_t rows, int64_t block_in) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    constexpr int kParts = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    if (rows != R) return tile_int8_of_height<V, R - 1>(rows, block_in);
+    return block_in % (4 * kParts) == 0 ? tile_int8<R, V, kParts> : tile_int8<R, V, 1>;
+  }
+}
+
+// -128 times the sum of each output's weights.
+template <int V>
+void correction(const Entries8& e, Ints* init) {
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    Ints sum = {};
+    for (int64_t i = 0; i < e.count; ++i)
+      for (int64_t k = 0; k < e.block_in / 4; ++k)
+        sum = add_products(sum, Weights(e.w + i * e.block + k * e.w_step + 4 * v * kLanes32),
+                           0x01010101);
+    init[v] = sum * -128;
+  }
+}
+
+constexpr int kInt8Rows = kWideRows;
+
+template <class S>
+size_t int8_scratch(const Product& p, int64_t rows) {
+  // Panels, scales, a widened row.
+  return size_t(ceil_div(rows * padded_inputs(p), 64) * 64 + 4 * rows + 4 * p.in_features + 256);
+}
+
+template <class S, int V>
+void product_int8_by(const Product& p, const Range& t, void* scratch) {
+  constexpr int kStrip = V * kLanes32;
+  const BlockMatrix& w = p.w;
+  const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
+  const Panels panels(rows, kInt8Rows);
+  uint8_t* xs = static_cast<uint8_t*>(scratch);
+  float* scales = reinterpret_cast<float*>(xs + ceil_div(rows * inputs, 64) * 64);
+  float* wide = scales + rows;
+  const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
+  for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+    const int64_t height = panels.height + (i < panels.taller);
+    quantise_rows(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, wide,
+                  xs + at * inputs, height, scales + at);
+    at += height;
+  }
+  const TileInt8 run_taller = tile_int8_of_height<V, kInt8Rows>(panels.height + 1, w.block_in);
+  const TileInt8 run_rest = tile_int8_of_height<V, kInt8Rows>(panels.height, w.block_in);
+  int32_t sums[kInt8Rows * kStrip];
+  float tile[kInt8Rows * kStrip];
+  for (int64_t g = t.group_begin; g < t.group_end; ++g) {
+    const int64_t begin = w.ptr[g];
+    Entries8 e{w.index + begin, w.ptr[g + 1] - begin, nullptr, w.block_stride, w.in_stride,
+               w.block_in};
+    for (int64_t o = 0; o < w.block_out; o += kStrip) {
+      const int64_t out = g * w.block_out + o, cols = min_of<int64_t>(kStrip, p.out_features - out);
+      if (cols <= 0) break;
+      e.w = static_cast<const int8_t*>(w.values) + begin * w.block_stride + 4 * o;
+      float bias[kStrip] = {}, factor[kStrip] = {};
+      for (int64_t c = 0; c < cols; ++c) {
+        factor[c] = p.weight_scales[out + c];
+        if (p.bias) bias[c] = float(widen(static_cast<const S*>(p.bias)[out + c]));
+      }
+      Ints init[V];
+      correction<V>(e, init);
+      for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+        const bool taller = i < panels.taller;
+        const int64_t height = panels.height + taller, row = t.row_begin + at;
+        S* y = static_cast<S*>(p.y) + row * p.ldy + out;
+        // The next tile's output lines: the panel below, or the first one of the next strip.
+        const S* ahead = i + 1 < panels.count ? y + height * p.ldy : y + kStrip - at * p.ldy;
+        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(ahead + r * p.ldy, 1);
+        const S* residual = nullptr;
+        if (p.residual) {
+          residual = static_cast<const S*>(p.residual) + row * p.ldr + out;
+          for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
+        }
+        (taller ? run_taller : run_rest)(e, xs + at * inputs, init, sums);
+        const auto scale_to = [&](float* to, int64_t ldt) {
+          for (int64_t r = 0; r < height; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+              const Ints sum = load(sums + (r * V + v) * kLanes32);
+              store(to + r * ldt + v * kLanes32,
+                    __builtin_convertvector(sum, Vec<float>) *
+                            (load(factor + v * kLanes32) * scales[at + r]) +
+                        load(bias + v * kLanes32));
+            }
+        };
+        if (sizeof(S) == sizeof(float) && cols == kStrip && !p.activation && !residual) {
+          scale_to(reinterpret_cast<float*>(y), p.ldy);
+        } else {
+          scale_to(tile, kStrip);
+          finish(p.activation, tile, kStrip, int(height), cols, residual, p.ldr, y, p.ldy);
+        }
+        at += height;
+      }
+    }
+  }
+}
+
+template <class S>
+void product_int8(const Product& p, const Range& t, void* scratch) {
+  if (p.w.block_out % (2 * kLanes32) == 0) return product_int8_by<S, 2>(p, t, scratch);
+  product_int8_by<S, 1>(p, t, scratch);
+}
+
+int64_t any_row(const Product&) { return 1; }
+
+template <class S>
+constexpr BlockSparseKernels int8_kernels() {
+  return {any_row, int8_scratch<S>, product_int8<S>, nullptr, nullptr};
+}
+
+}  // namespace
+
+const BlockSparseKernels LEAN_KERNELS_ISA::block_sparse_int8[kDtypes] = {
+    int8_kernels<float>(), int8_kernels<BFloat16>(), int8_kernels<Float16>(), {}};
+
+}  // namespace lean_kernels
