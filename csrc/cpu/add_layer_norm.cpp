@@ -15,24 +15,14 @@ constexpr const char* kOp = "add_layer_norm";
 constexpr int64_t kTaskBytes = 1 << 17;    // of x: tasks small enough to balance, no smaller
 constexpr int64_t kSerialBytes = 1 << 16;  // of x: a second thread costs more below this
 
-// [features] in the accumulator's dtype.
-Tensor parameter(const Tensor& t, int64_t features, ScalarType dtype, ScalarType wide) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == features &&
-                      (t.scalar_type() == dtype || t.scalar_type() == wide),
-                  "add_layer_norm: weight and bias must be [", features,
-                  "] in x's dtype, or float32 where x has a half precision");
-  return as_contiguous(t.scalar_type() == wide ? t : torch::stable::to(t, wide));
-}
-
 }  // namespace
 
 Tensor add_layer_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight,
                       std::optional<Tensor> bias, std::optional<Tensor> indices, double eps) {
   const Rows in(x, kOp);
   const Dtype dtype = dtype_of(x, kOp);
-  const ScalarType wide = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(in.cols > 0, "add_layer_norm: x must have at least one feature");
-  const Tensor scale = parameter(weight, in.cols, x.scalar_type(), wide);
+  const Tensor scale = norm_parameter(weight, in.cols, x.scalar_type(), kOp);
   AddLayerNorm p{in.tensor.const_data_ptr(), nullptr, scale.const_data_ptr(), nullptr, nullptr,
                  nullptr, in.stride, 0, in.cols, eps};
   std::optional<Rows> added;
@@ -45,7 +35,7 @@ Tensor add_layer_norm(const Tensor& x, std::optional<Tensor> residual, const Ten
   }
   std::optional<Tensor> shift;
   if (bias) {
-    shift = parameter(*bias, in.cols, x.scalar_type(), wide);
+    shift = norm_parameter(*bias, in.cols, x.scalar_type(), kOp);
     p.bias = shift->const_data_ptr();
   }
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());

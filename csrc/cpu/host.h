@@ -78,6 +78,16 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// weight or bias [features] of a normalisation of rows of `dtype`, in the accumulator's dtype.
+inline Tensor norm_parameter(const Tensor& t, int64_t features, ScalarType dtype, const char* op) {
+  const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == features &&
+                      (t.scalar_type() == dtype || t.scalar_type() == wide),
+                  op, ": weight and bias must be [", features,
+                  "] in the rows' dtype, or float32 where they have a half precision");
+  return as_contiguous(t.scalar_type() == wide ? t : torch::stable::to(t, wide));
+}
+
 // A [..., cols] tensor as rows of unit stride.
 struct Rows {
   Tensor tensor;

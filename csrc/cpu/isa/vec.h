@@ -177,6 +177,35 @@ LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
   }
 }
 
+// store_narrow past the caches; p is aligned like a vector of S. Other threads see such stores only
+// after this one's `end_of_stores`.
+template <class S>
+LK_INLINE void stream_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
+#if defined(__AVX2__)
+  constexpr int kBytes = kLanes<typename Accumulator<S>::type> * sizeof(S);
+  S lanes[kBytes / sizeof(S)];
+  store_narrow(lanes, v);  // stays in a register
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(lanes));
+#endif
+  if constexpr (kBytes == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes)));
+  }
+#else
+  store_narrow(p, v);
+#endif
+}
+LK_INLINE void end_of_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // One exchange of a transposition: where `step` is set in a lane's number, a takes from b.
 template <int step, class A, int... lane>
 LK_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, lane...>) {
