@@ -19,7 +19,7 @@ constexpr const char* kOp = "ragged_attention";
 // key head. Neither may depend on the number of threads: partial scores add up per task.
 constexpr int64_t kSegmentRows = 288, kMostSegments = 8;
 constexpr double kSerialFlop = 5e5;  // below this a second thread costs more than it brings
-constexpr double kUnitFlop = 4e6;  // most work handed out at a time, unless one task is more
+constexpr double kLeastUnitFlop = 5e5;  // of work handed out at a time
 constexpr int64_t kFarthest = int64_t(1) << 33;  // beyond any distance of int32 positions
 
 ScalarType wide_of(Dtype dtype) {
@@ -143,35 +143,42 @@ double flop_of(const Attention& p, const AttentionTask& t) {
   return 4.0 * (rows + 8) * (t.key_end - t.key_begin + 4) * p.dim;
 }
 
-// Runs every task, the longest first, small ones several at a time.
+// Runs every task, each of `parts` for every key head, the longest first. Threads take several at a
+// time, ever fewer as the work runs out.
 template <class F>
-void run_longest_first(const Attention& p, std::vector<AttentionTask>& tasks, double weight,
+void run_longest_first(const Attention& p, std::vector<AttentionTask>& parts, double weight,
                        const F& run) {
-  double total = 0;
-  for (const AttentionTask& t : tasks) total += weight * flop_of(p, t);
-  const int64_t threads = total < kSerialFlop ? 1 : torch::stable::get_num_threads();
-  if (threads == 1) {
-    for (size_t i = 0; i < tasks.size(); ++i)
-      run(tasks[i], i + 1 < tasks.size() ? &tasks[i + 1] : nullptr);
-    return;
-  }
-  const double most = std::min(kUnitFlop, total / double(8 * threads));
-  std::vector<std::pair<double, int64_t>> order;
-  for (size_t i = 0; i < tasks.size(); ++i) order.emplace_back(-flop_of(p, tasks[i]), i);
-  std::sort(order.begin(), order.end());
+  const int64_t heads = p.heads / p.group, count = int64_t(parts.size()) * heads;
+  const auto cost = [&](const AttentionTask& t) { return weight * flop_of(p, t); };
+  std::stable_sort(parts.begin(), parts.end(),
+                   [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+  double left = 0;
+  for (const AttentionTask& t : parts) left += heads * cost(t);
+  const int64_t threads = left < kSerialFlop ? 1 : torch::stable::get_num_threads();
   std::vector<int64_t> units{0};
   double work = 0;
-  for (size_t i = 0; i < order.size(); ++i) {
-    work -= weight * order[i].first;
-    if (work >= most || i + 1 == order.size()) {
-      units.push_back(int64_t(i) + 1);
+  for (int64_t i = 0; i < count && threads > 1; ++i) {
+    work += cost(parts[i / heads]);
+    if (work >= std::max(kLeastUnitFlop, left / double(4 * threads))) {
+      units.push_back(i + 1);
+      left -= work;
       work = 0;
     }
   }
+  if (units.back() < count) units.push_back(count);
+  const auto task = [&](int64_t i) {
+    AttentionTask t = parts[i / heads];
+    t.key_head = i % heads;
+    return t;
+  };
   run_tasks(int64_t(units.size()) - 1, threads, [&](int64_t unit) {
-    for (int64_t i = units[unit]; i < units[unit + 1]; ++i)
-      run(tasks[order[i].second],
-          i + 1 < units[unit + 1] ? &tasks[order[i + 1].second] : nullptr);
+    const int64_t end = units[unit + 1];
+    AttentionTask here = task(units[unit]);
+    for (int64_t i = units[unit]; i < end; ++i) {
+      const AttentionTask next = i + 1 < end ? task(i + 1) : here;
+      run(here, i + 1 < end ? &next : nullptr);
+      here = next;
+    }
   });
 }
 
@@ -212,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(
   Tensor lse = torch::stable::new_empty(query, {query.size(0), call.heads}, wide);
   call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr();
 
-  std::vector<AttentionTask> tasks;
+  std::vector<AttentionTask> parts;
   std::vector<int64_t> scores_at(p.batch + 1);
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = p.sequence(b);
@@ -223,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(
       t.key_begin = keys_within(call, s, t.row_begin, call.left, call.right).begin;
       t.key_end = keys_within(call, s, t.row_end - 1, call.left, call.right).end;
       t.key_end = std::max(t.key_begin, t.key_end);
-      for (; t.key_head < p.key_heads; ++t.key_head) tasks.push_back(t);
+      parts.push_back(t);
     }
     scores_at[b + 1] = scores_at[b] + segments * s.keys;
   }
@@ -234,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(
     call.scores = partial->mutable_data_ptr();
   }
   const AttentionKernels& kernels = cpu_kernels().attention[p.dtype];
-  run_longest_first(call, tasks, 1, [&](const AttentionTask& t, const AttentionTask* next) {
+  run_longest_first(call, parts, 1, [&](const AttentionTask& t, const AttentionTask* next) {
     kernels.forward(call, t, next, thread_scratch(kernels.forward_scratch(call, t)));
   });
 
@@ -291,13 +298,13 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_grad(
   call.grad_key = dk.mutable_data_ptr();
   call.grad_value = dv.mutable_data_ptr();
 
-  std::vector<AttentionTask> tasks;
+  std::vector<AttentionTask> parts;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = p.sequence(b);
-    for (int64_t h = 0; h < p.key_heads; ++h) tasks.push_back({s, h, 0, s.rows, 0, s.keys, 0});
+    parts.push_back({s, 0, 0, s.rows, 0, s.keys, 0});
   }
   const AttentionKernels& kernels = cpu_kernels().attention[p.dtype];
-  run_longest_first(call, tasks, 2.5, [&](const AttentionTask& t, const AttentionTask*) {
+  run_longest_first(call, parts, 2.5, [&](const AttentionTask& t, const AttentionTask*) {
     kernels.grad(call, t, thread_scratch(kernels.grad_scratch(call, t)));
   });
   return {dq, dk, dv};

@@ -21,7 +21,8 @@ constexpr int64_t kForwardPanels = 4, kGradPanels = 8;
 constexpr int64_t kChunkPanels = kGradPanels, kChunkRows = kChunkPanels * kWideRows;
 constexpr int64_t kChunkBytes = 16 << 20;  // scores of a chunk; longer rows get fewer of them
 constexpr int64_t kKeyBlock = 256;         // keys per pass over the values
-constexpr int64_t kMostPrefetchedKeys = 256;  // the rows of longer sequences would not stay in L2
+// The rows of longer sequences would not stay in L2; processors with AVX-512 have a large one.
+constexpr int64_t kMostPrefetchedKeys = kVectorBytes == 64 ? 512 : 256;
 constexpr int64_t kRowsAhead = 16;            // asked for while packing
 
 LK_INLINE int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
@@ -29,6 +30,10 @@ template <class T>
 LK_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
+#if defined(__AVX512F__)
+// For this one GCC makes a comparison and a blend of the above.
+LK_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+#endif
 
 // ---- softmax in base 2 --------------------------------------------------------------------------
 
@@ -44,7 +49,7 @@ LK_INLINE void exp2_each(Vec<float> (&x)[count]) {
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) f(i);
   };
-  each([&](int i) { x[i] = least > x[i] ? least : x[i]; });
+  each([&](int i) { x[i] = max_of(least, x[i]); });
   each([&](int i) { shifted[i] = x[i] + round; });
   each([&](int i) { r[i] = shifted[i] - round; });
   each([&](int i) { r[i] = x[i] - r[i]; });
@@ -137,63 +142,6 @@ LK_INLINE void exponentiate(A* s, Vec<A> shift, Vec<A>& sum) {
   sum += v[0];
 }
 
-// Up to W rows s [rows, columns] <- 2^(s - largest of the row) over the columns of `span`, 0 for
-// keys the row does not see: those past `keys`, and with `seen` those outside its span. Gives the
-// factor that normalises each row (0 where nothing is seen) and the natural logarithm of the sum
-// of 2^s. `factors` and `lse` take W values.
-template <class A>
-void softmax(A* s, int64_t stride, int64_t rows, Span span, int64_t keys, const Span* seen,
-             A* factors, A* lse) {
-  constexpr int W = kLanes<A>;
-  const A lowest = -A(__builtin_inf());
-  const bool ragged = span.end > keys;
-  const auto inside = lane_numbers<A>() < splat(A(keys - (span.end - W)));
-  Vec<A> top[W];
-  for (int64_t r = 0; r < rows; ++r) {
-    A* row = s + r * stride;
-    if (seen) {
-      fill_outside(row, span, seen[r], lowest);
-    } else if (ragged) {
-      A* tail = row + span.end - W;
-      store(tail, inside ? load(tail) : splat(lowest));
-    }
-    Vec<A> even = splat(lowest), odd = even;
-    int64_t j = span.begin;
-    for (; j + 2 * W <= span.end; j += 2 * W) {
-      const Vec<A> first = load(row + j), second = load(row + j + W);
-      even = even > first ? even : first;
-      odd = odd > second ? odd : second;
-    }
-    if (j < span.end) {
-      const Vec<A> last = load(row + j);
-      even = even > last ? even : last;
-    }
-    top[r] = even > odd ? even : odd;
-  }
-  for (int64_t r = rows; r < W; ++r) top[r] = splat(A(0));
-  const Vec<A> largest = reduce_lanes<A>(top, [](Vec<A> a, Vec<A> b) { return a > b ? a : b; });
-  A shifts[W];
-  store(shifts, largest == splat(lowest) ? splat(A(0)) : largest);
-  Vec<A> sums[W];
-  for (int64_t r = 0; r < rows; ++r) {
-    A* row = s + r * stride;
-    const Vec<A> shift = splat(shifts[r]);
-    Vec<A> sum = {};
-    int64_t j = span.begin;
-    for (; j + 4 * W <= span.end; j += 4 * W) exponentiate<4>(row + j, shift, sum);
-    if (j + 2 * W <= span.end) {
-      exponentiate<2>(row + j, shift, sum);
-      j += 2 * W;
-    }
-    if (j < span.end) exponentiate<1>(row + j, shift, sum);
-    sums[r] = sum;
-  }
-  for (int64_t r = rows; r < W; ++r) sums[r] = splat(A(1));
-  const Vec<A> sum = reduce_lanes<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
-  store(factors, sum == splat(A(0)) ? splat(A(0)) : splat(A(1)) / sum);
-  store(lse, largest * splat(A(0.6931471805599453)) + log_of(sum));
-}
-
 // ---- packing ------------------------------------------------------------------------------------
 
 template <class S>
@@ -276,49 +224,59 @@ bool whole_vectors(int64_t dim) {
 
 // ---- register tiles -----------------------------------------------------------------------------
 
+// acc [R, V vectors] += sum over k of a(r, k) b[k], where a(r, k) is a[r * lda + k], or
+// a[r + k * lda] if kAcross.
+template <class A, int R, int V, bool kAcross>
+LK_INLINE void accumulate(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth,
+                          Vec<A> (&acc)[R][V]) {
+  constexpr int W = kLanes<A>;
+  // A pointer for every four rows. Left to itself, the compiler keeps a multiple of lda for each
+  // row, more than there are registers.
+  constexpr int kPointers = kAcross ? 1 : (R + 3) / 4;
+  const A* at[kPointers];
+#pragma GCC unroll 6
+  for (int i = 0; i < kPointers; ++i) at[i] = a + 4 * i * lda;
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<A> w[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) w[v] = load(b + v * W);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      const A x = kAcross ? at[0][r] : at[r / 4][r % 4 * lda];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += w[v] * x;
+    }
+    b += ldb;
+#pragma GCC unroll 6
+    for (int i = 0; i < kPointers; ++i) {
+      at[i] += kAcross ? lda : 1;
+      asm("" : "+r"(at[i]));
+    }
+  }
+}
+
 // out [R, V vectors] = multiplier * a [R, depth] b [depth, V vectors]
 template <class A, int R, int V>
 void tile_of_scores(const A* a, int64_t lda, const A* b, int64_t depth, A multiplier, A* out,
                     int64_t ldo) {
   constexpr int W = kLanes<A>;
   Vec<A> acc[R][V] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<A> w[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) w[v] = load(b + (k * V + v) * W);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-      const A x = a[r * lda + k];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] += w[v] * x;
-    }
-  }
+  accumulate<A, R, V, false>(a, lda, b, V * W, depth, acc);
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v] * multiplier);
 }
 
-// out [R, V vectors] (+)= sum over k of a(r, k) b[k], where a(r, k) is a[r * lda + k], or
-// a[r + k * lda] if kAcross; times factors[r] where there are any.
+// out [R, V vectors] (+)= sum over k of a(r, k) b[k], as above; times factors[r] where there are
+// any.
 template <class A, int R, int V, bool kAcross>
 void tile_of_sums(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, A* out,
                   int64_t ldo, bool add, const A* factors) {
   constexpr int W = kLanes<A>;
   Vec<A> acc[R][V] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<A> w[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) w[v] = load(b + k * ldb + v * W);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const A x = kAcross ? a[r + k * lda] : a[r * lda + k];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] += w[v] * x;
-    }
-  }
+  accumulate<A, R, V, kAcross>(a, lda, b, ldb, depth, acc);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -371,9 +329,8 @@ struct Chunk {
   RowPanel panel[kChunkPanels];
   int64_t row[kChunkRows];   // of the sequence
   int64_t head[kChunkRows];  // of the task
-  Span seen[kChunkRows];     // keys each row sees, where limited
-
-  const Span* seen_from(int64_t r) const { return limited ? seen + r : nullptr; }
+  // Where limited: the keys each row sees, and the columns computed for it, its panel's.
+  Span seen[kChunkRows], computed[kChunkRows];
 };
 
 // A task's rows, chunk after chunk.
@@ -416,16 +373,80 @@ void cut(const Attention& p, const AttentionTask& t, Chunks& all, Chunk& c) {
         panel.keys.end = max_of(panel.keys.end, c.seen[r].end);
       }
     }
-    at = end;
     if (panel.keys.begin >= panel.keys.end) {
       panel.keys = {0, 0};
-      continue;
+    } else {
+      panel.keys = {panel.keys.begin / (2 * W) * (2 * W), round_up(panel.keys.end, W)};
+      c.keys.begin = min_of(c.keys.begin, panel.keys.begin);
+      c.keys.end = max_of(c.keys.end, panel.keys.end);
     }
-    panel.keys = {panel.keys.begin / (2 * W) * (2 * W), round_up(panel.keys.end, W)};
-    c.keys.begin = min_of(c.keys.begin, panel.keys.begin);
-    c.keys.end = max_of(c.keys.end, panel.keys.end);
+    for (; c.limited && at < end; ++at) c.computed[at] = panel.keys;
+    at = end;
   }
   if (c.keys.begin >= c.keys.end) c.keys = {0, 0};
+}
+
+// The same for up to four vectors.
+template <class A>
+LK_INLINE void exponentiate_last(A* s, int64_t count, Vec<A> shift, Vec<A>& sum) {
+  switch (count) {
+    case 1: return exponentiate<1>(s, shift, sum);
+    case 2: return exponentiate<2>(s, shift, sum);
+    case 3: return exponentiate<3>(s, shift, sum);
+  }
+}
+
+// Rows s [rows, columns] of a chunk <- 2^(s - largest of the row) over the columns computed for
+// each, 0 for keys the row does not see: those past `keys`, and where the chunk is limited those
+// outside of its span. Gives the factor that normalises each row (0 where nothing is seen) and the
+// natural logarithm of the sum of 2^s. `factors` and `lse` have room for whole vectors.
+template <class A>
+void softmax(const Chunk& c, A* s, int64_t stride, int64_t keys, A* factors, A* lse) {
+  constexpr int W = kLanes<A>;
+  const A lowest = -A(__builtin_inf());
+  const int64_t tail = c.keys.end - W;  // with keys past the last
+  const auto inside = lane_numbers<A>() < splat(A(keys - tail));
+  for (int64_t begin = 0; begin < c.rows; begin += W) {
+    const int64_t rows = min_of<int64_t>(W, c.rows - begin);
+    Vec<A> top[W];
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = s + (begin + r) * stride;
+      Span span = c.keys;
+      if (c.limited) {
+        span = c.computed[begin + r];
+        fill_outside(row, span, c.seen[begin + r], lowest);
+      } else if (keys < c.keys.end) {
+        store(row + tail, inside ? load(row + tail) : splat(lowest));
+      }
+      Vec<A> even = splat(lowest), odd = even;
+      int64_t j = span.begin;
+      for (; j + 2 * W <= span.end; j += 2 * W) {
+        even = max_of(even, load(row + j));
+        odd = max_of(odd, load(row + j + W));
+      }
+      if (j < span.end) even = max_of(even, load(row + j));
+      top[r] = max_of(even, odd);
+    }
+    for (int64_t r = rows; r < W; ++r) top[r] = splat(A(0));
+    const Vec<A> largest = reduce_lanes<A>(top, [](Vec<A> a, Vec<A> b) { return max_of(a, b); });
+    A shifts[W];
+    store(shifts, largest == splat(lowest) ? splat(A(0)) : largest);
+    Vec<A> sums[W];
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = s + (begin + r) * stride;
+      const Span span = c.limited ? c.computed[begin + r] : c.keys;
+      const Vec<A> shift = splat(shifts[r]);
+      Vec<A> sum = {};
+      int64_t j = span.begin;
+      for (; j + 4 * W <= span.end; j += 4 * W) exponentiate<4>(row + j, shift, sum);
+      exponentiate_last(row + j, (span.end - j) / W, shift, sum);
+      sums[r] = sum;
+    }
+    for (int64_t r = rows; r < W; ++r) sums[r] = splat(A(1));
+    const Vec<A> sum = reduce_lanes<A>(sums, [](Vec<A> a, Vec<A> b) { return a + b; });
+    store(factors + begin, sum == splat(A(0)) ? splat(A(0)) : splat(A(1)) / sum);
+    store(lse + begin, largest * splat(A(0.6931471805599453)) + log_of(sum));
+  }
 }
 
 // Sizes of what a task keeps in scratch.
@@ -679,16 +700,10 @@ void forward(const Attention& p, const AttentionTask& t, const AttentionTask* ne
     multiply_keys(c, rows, row_stride, keys, z.keys, p.dim, A(p.scale * 1.4426950408889634),
                   weights, z.score_stride, &prefetcher);
 
-    A factors[kChunkRows + W];
-    for (int64_t i = 0; i < c.panels; ++i)
-      for (int64_t r = c.panel[i].begin, end = r + c.panel[i].rows; r < end; r += W) {
-        A lse[W];
-        softmax(weights + r * z.score_stride, z.score_stride, min_of<int64_t>(W, end - r),
-                c.panel[i].keys, z.keys, c.seen_from(r), factors + r, lse);
-        for (int64_t k = r; k < min_of(r + W, end); ++k)
-          static_cast<A*>(p.lse)[(s.query + c.row[k]) * p.heads + first_head + c.head[k]] =
-              lse[k - r];
-      }
+    A factors[kChunkRows + W], lse[kChunkRows + W];
+    softmax(c, weights, z.score_stride, z.keys, factors, lse);
+    for (int64_t r = 0; r < c.rows; ++r)
+      static_cast<A*>(p.lse)[(s.query + c.row[r]) * p.heads + first_head + c.head[r]] = lse[r];
 
     const bool direct = whole && c.keys.end - c.keys.begin <= kKeyBlock;
     A* outputs[kChunkPanels] = {};
@@ -810,14 +825,11 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
     multiply_keys(c, queries, padded, keys, z.keys, p.dim, A(p.scale * 1.4426950408889634), weights,
                   stride);
     multiply_keys(c, upstream, padded, values, z.keys, p.dim, A(1), slopes, stride);
+    A factors[kChunkRows + W], lse[kChunkRows + W];
+    softmax(c, weights, stride, z.keys, factors, lse);
     for (int64_t i = 0; i < c.panels; ++i) {
       const Span span = c.panel[i].keys;
-      const int64_t first = c.panel[i].begin, end = first + c.panel[i].rows;
-      A factors[kWideRows + W], lse[W];
-      for (int64_t r = first; r < end && span.end; r += W)
-        softmax(weights + r * stride, stride, min_of<int64_t>(W, end - r), span, z.keys,
-                c.seen_from(r), factors + r - first, lse);
-      for (int64_t r = first; r < end; ++r) {
+      for (int64_t r = c.panel[i].begin, end = r + c.panel[i].rows; r < end; ++r) {
         A* w = weights + r * stride;
         A* g = slopes + r * stride;
         // Where the panel computed nothing, both count as zero for the keys' gradients.
@@ -838,7 +850,7 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
             store(g + j, load(g + j) + more);
           }
         }
-        const Vec<A> factor = splat(factors[r - first]);
+        const Vec<A> factor = splat(factors[r]);
         Vec<A> dot = {};
         for (int64_t j = span.begin; j < span.end; j += W) {
           const Vec<A> probability = load(w + j) * factor;
