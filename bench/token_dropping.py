@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Case token_dropping: a whole BERT on padded batches, packed, and dropping tokens as layers go by.
 
-Weights are random, with queries and keys large enough for attention to choose. "dense" is
+Weights are random, with queries and keys large enough for attention to choose. Linear layers run
+our kernel, at density 1 with every block kept; "torch linears" leaves them as they were. "dense" is
 transformers with SDPA on the padded batch, "packed" ours with nothing dropped. Dropping is checked
 against float64 attention in which dropped tokens are masked as keys instead of removed.
 """
@@ -86,23 +87,25 @@ def masked_oracle(model: nn.Module, ids: Tensor, mask: Tensor, counts: np.ndarra
     return x
 
 
-def _models(config: Config, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Dense, packed, and dropping."""
+def _models(config: Config, device: str) -> dict[str, nn.Module]:
+    """Padded as "dense", ours as "lean", and variants of ours."""
     size = bert_encoder.Config(size=config.size, density=config.density)
     dense = bert_encoder.masked_model(size, (32, 32))
     for layer in dense.encoder.layer:
         for linear in (layer.attention.self.query, layer.attention.self.key):
             linear.weight.data.mul_(SHARPNESS)
     dense.to(device)
-    rules = {"tokens": {"packed": True}}
-    if config.density < 1:
-        rules["linear"] = {"encoder.*": {"block_shape": [32, 32]}}
-    packed = lk.convert(copy.deepcopy(dense), rules)
     profile = profile_of(dense.config.num_hidden_layers, config.kept)
-    if profile is None:
-        return dense, packed, packed
-    rules["tokens"]["profile"] = list(profile)
-    return dense, packed, lk.convert(copy.deepcopy(dense), rules)
+    tokens = {"tokens": {"packed": True} if profile is None else {"profile": list(profile)}}
+    # Without a density a rule keeps the blocks that hold a non-zero, here all or those of the mask.
+    linear = {"linear": {"encoder.*": {"block_shape": [32, 32]}}}
+    rules = {"lean": tokens | linear}
+    if config.density == 1:
+        rules["torch linears"] = tokens
+    if profile is not None:
+        rules["packed"] = {"tokens": {"packed": True}} | linear
+    models = {name: lk.convert(copy.deepcopy(dense), rule) for name, rule in rules.items()}
+    return models | {"dense": dense}
 
 
 def prepare(config: Config, options: Options) -> Workload:
@@ -111,7 +114,8 @@ def prepare(config: Config, options: Options) -> Workload:
         raise ValueError(
             "token_dropping: times the model as users get it; it has no impl to choose"
         )
-    dense, packed, dropping = _models(config, options.device)
+    models = _models(config, options.device)
+    dense = models.pop("dense")
     settings, lengths = dense.config, lengths_of(config)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(settings.vocab_size, (config.batch, config.tokens), generator=generator)
@@ -141,12 +145,11 @@ def prepare(config: Config, options: Options) -> Workload:
         return lambda: forward()[rows]
 
     ours = max(bert_encoder.ABSOLUTE, 2 * error)
-    competitors = {
-        "lean": Competitor(real_rows(dropping), (expected,), ours),
-        "dense": Competitor(real_rows(dense), (everything,), bert_encoder.BROKEN),
-    }
-    if profile is not None:
-        competitors["packed"] = Competitor(real_rows(packed), (everything,), ours)
+    competitors = {"lean": Competitor(real_rows(models["lean"]), (expected,), ours)}
+    competitors["dense"] = Competitor(real_rows(dense), (everything,), bert_encoder.BROKEN)
+    for name, model in models.items():
+        right = everything if name == "packed" else expected
+        competitors.setdefault(name, Competitor(real_rows(model), (right,), ours))
     if config.peers == "all" and environment.can_compile():
         torch.compiler.reset()
         compiled = torch.compile(dense, dynamic=False)
@@ -155,7 +158,7 @@ def prepare(config: Config, options: Options) -> Workload:
         )
     density = 1.0
     if config.density < 1:
-        layers = [m for m in dropping.modules() if isinstance(m, lk.nn.BlockSparseLinear)]
+        layers = [m for m in models["lean"].modules() if isinstance(m, lk.nn.BlockSparseLinear)]
         density = float(np.mean([layer.density for layer in layers]))
     work = {"density": density}
     return Workload(

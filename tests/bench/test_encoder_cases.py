@@ -30,7 +30,7 @@ def test_token_dropping(kept, density):
 def test_dropping_other_tokens_is_refused():
     config = Config(size="small", batch=3, tokens=16, kept=0.4)
     workload = token_dropping.prepare(config, OPTIONS)
-    dense, _, _ = token_dropping._models(config, "cpu")
+    dense = token_dropping._models(config, "cpu")["dense"]
     ids = torch.randint(1000, (3, 16), generator=torch.Generator().manual_seed(0))
     lengths = token_dropping.lengths_of(config)
     mask = (torch.arange(16) < torch.from_numpy(lengths)[:, None]).long()
