@@ -18,15 +18,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11; later ones load it too
-OPS = ("add_layer_norm", "block_sparse_linear", "ragged_attention", "token_selection")
-HOST = ["csrc/register_cpu.cpp", "csrc/cpu/isa.cpp", *(f"csrc/cpu/{op}.cpp" for op in OPS)]
-KERNELS = [f"csrc/cpu/isa/{name}.cpp" for name in (*OPS, "block_sparse_int8", "fma_peak")]
-ISAS = {"generic": []}  # KERNELS are compiled once for each
+# One set of kernels per instruction set, from every file of isa/; the largest first.
+KERNELS = sorted(map(str, Path("csrc/cpu/isa").glob("*.cpp")), key=os.path.getsize, reverse=True)
+HOST = ["csrc/register_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+ISAS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     ISAS["avx512"] += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
-VNNI = {("csrc/cpu/isa/block_sparse_int8.cpp", "avx512"): ["-mavx512vnni"]}
+VNNI = {("csrc/cpu/isa/block_sparse_int8.cpp", "avx512"): ["-mavx512vnni"]}  # picked apart
 CUDA = ["csrc/cuda/token_compaction.cu", "csrc/register_cuda.cpp"]
 CUDA_HOME = os.environ.get("CUDA_HOME")
 NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)

@@ -20,6 +20,18 @@ Tensor block_sparse_linear_grad_input(const Tensor&, const Tensor&, const Tensor
                                       int64_t);
 Tensor block_sparse_linear_grad_weight(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                        int64_t, int64_t);
+Tensor ngram_embedding_bag(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
+                           std::optional<Tensor>, int64_t, bool);
+Tensor ngram_embedding_bag_grad_table(const Tensor&, const Tensor&, const Tensor&,
+                                      std::optional<Tensor>, int64_t, int64_t, bool);
+std::tuple<Tensor, Tensor> ngram_embedding_bag_grad_rows(const Tensor&, const Tensor&,
+                                                         const Tensor&, std::optional<Tensor>,
+                                                         int64_t, int64_t, bool);
+Tensor ngram_embedding_bag_grad_weights(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        std::optional<Tensor>, int64_t, bool);
+std::tuple<Tensor, Tensor> ngram_lookup(const Tensor&, const Tensor&, std::optional<Tensor>,
+                                        int64_t, int64_t, int64_t, bool);
+Tensor ngram_slots(const Tensor&);
 using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 using Maybe = std::optional<Tensor>;
 Tensors ragged_attention(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe,
@@ -42,6 +54,14 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("block_sparse_linear_grad_input", TORCH_BOX(&lean_kernels::block_sparse_linear_grad_input));
   m.impl("block_sparse_linear_grad_weight",
          TORCH_BOX(&lean_kernels::block_sparse_linear_grad_weight));
+  m.impl("ngram_embedding_bag", TORCH_BOX(&lean_kernels::ngram_embedding_bag));
+  m.impl("ngram_embedding_bag_grad_rows", TORCH_BOX(&lean_kernels::ngram_embedding_bag_grad_rows));
+  m.impl("ngram_embedding_bag_grad_table",
+         TORCH_BOX(&lean_kernels::ngram_embedding_bag_grad_table));
+  m.impl("ngram_embedding_bag_grad_weights",
+         TORCH_BOX(&lean_kernels::ngram_embedding_bag_grad_weights));
+  m.impl("ngram_lookup", TORCH_BOX(&lean_kernels::ngram_lookup));
+  m.impl("ngram_slots", TORCH_BOX(&lean_kernels::ngram_slots));
   m.impl("ragged_attention", TORCH_BOX(&lean_kernels::ragged_attention));
   m.impl("ragged_attention_grad", TORCH_BOX(&lean_kernels::ragged_attention_grad));
   m.impl("gather_tokens", TORCH_BOX(&lean_kernels::gather_tokens));

@@ -46,7 +46,7 @@ class Kernel:
     Args:
         reference: plain PyTorch, the same arguments; runs where nothing else is registered.
         fake: the outputs' shapes and dtypes.
-        triton: "module:function" of the launcher; imported at its first call.
+        triton: "module:function" of the launcher; imported at its first call. None: no kernel.
         cuda: there is a CUDA C++ kernel too, the better one where it is loaded.
     """
 
@@ -57,7 +57,7 @@ class Kernel:
         *,
         reference: Callable,
         fake: Callable,
-        triton: str,
+        triton: str | None = None,
         cuda: bool = False,
     ) -> None:
         def launch(*args):
@@ -69,7 +69,7 @@ class Kernel:
         torch.library.impl(op, "CompositeExplicitAutograd", reference)
         torch.library.register_fake(op, fake)
         self.compiled_for_cuda = cuda and _cuda_missing is None
-        if find_spec("triton") is not None and not self.compiled_for_cuda:
+        if triton and find_spec("triton") is not None and not self.compiled_for_cuda:
             torch.library.impl(op, "CUDA", launch)
         self._reference = reference
         self._triton = launch

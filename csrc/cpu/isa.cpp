@@ -12,9 +12,17 @@
 namespace lean_kernels {
 namespace {
 
-#define KERNELS(isa)                                                                             \
-  {#isa,           isa::block_sparse, isa::block_sparse_int8, isa::add_layer_norm, isa::attention, \
-   isa::selection, isa::fma_peak}
+#define KERNELS(isa)             \
+  {                              \
+    #isa,                        \
+    isa::add_layer_norm,         \
+    isa::attention,              \
+    isa::block_sparse,           \
+    isa::block_sparse_int8,      \
+    isa::ngram_bag,              \
+    isa::selection,              \
+    isa::fma_peak,               \
+  }
 
 const CpuKernels kGeneric = KERNELS(generic);
 #if defined(__x86_64__)

@@ -4,6 +4,7 @@
 
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
+#include "ngram_embedding_bag.h"
 #include "ragged_attention.h"
 #include "token_selection.h"
 
@@ -12,14 +13,15 @@ namespace lean_kernels {
 enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
 
 // What each file of isa/ defines, for the instruction set it is compiled for.
-#define LEAN_KERNELS_DECLARE(isa)                                                              \
-  namespace isa {                                                                              \
-  extern const BlockSparseKernels block_sparse[kDtypes];                                       \
-  extern const BlockSparseKernels block_sparse_int8[kDtypes]; /* none for float64 */           \
-  extern const AddLayerNormKernel add_layer_norm[kDtypes];                                     \
-  extern const AttentionKernels attention[kDtypes];                                            \
-  extern const SelectionKernels selection[2]; /* of float32 and float64 scores */              \
-  double fma_peak(int64_t iterations);        /* the FLOP executed; the caller takes the time */ \
+#define LEAN_KERNELS_DECLARE(isa)                                                   \
+  namespace isa {                                                                   \
+  extern const AddLayerNormKernel add_layer_norm[kDtypes];                          \
+  extern const AttentionKernels attention[kDtypes];                                 \
+  extern const BlockSparseKernels block_sparse[kDtypes];                            \
+  extern const BlockSparseKernels block_sparse_int8[kDtypes]; /* none for float64 */ \
+  extern const NgramBagKernels ngram_bag[kDtypes + 1]; /* the last of int8 rows */  \
+  extern const SelectionKernels selection[2]; /* of float32 and float64 scores */   \
+  double fma_peak(int64_t iterations); /* the FLOP done; the caller takes the time */ \
   }
 LEAN_KERNELS_DECLARE(generic)
 LEAN_KERNELS_DECLARE(avx2)
@@ -28,10 +30,11 @@ LEAN_KERNELS_DECLARE(avx512)
 
 struct CpuKernels {
   const char* name;
-  const BlockSparseKernels* block_sparse;
-  const BlockSparseKernels* block_sparse_int8;  // of x's dtype
   const AddLayerNormKernel* add_layer_norm;
   const AttentionKernels* attention;
+  const BlockSparseKernels* block_sparse;
+  const BlockSparseKernels* block_sparse_int8;  // of x's dtype
+  const NgramBagKernels* ngram_bag;
   const SelectionKernels* selection;
   double (*fma_peak)(int64_t iterations);
 };

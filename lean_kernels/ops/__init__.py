@@ -3,6 +3,8 @@
 
 from lean_kernels.ops.add_layer_norm import add_layer_norm
 from lean_kernels.ops.block_sparse_linear import block_sparse_linear
+from lean_kernels.ops.ngram_embedding_bag import ngram_embedding_bag
+from lean_kernels.ops.ngram_lookup import ngram_lookup, ngram_slots
 from lean_kernels.ops.ragged_attention import ragged_attention
 from lean_kernels.ops.token_selection import (
     Threshold,
@@ -18,6 +20,9 @@ __all__ = [
     "block_sparse_linear",
     "compact_tokens",
     "gather_tokens",
+    "ngram_embedding_bag",
+    "ngram_lookup",
+    "ngram_slots",
     "ragged_attention",
     "scatter_tokens",
     "select_tokens",
