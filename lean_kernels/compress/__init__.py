@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a dense model becomes lean: token profiles, exits."""
+"""How a dense model becomes lean: token profiles, exits, n-gram students."""

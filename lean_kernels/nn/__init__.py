@@ -3,5 +3,14 @@
 
 from lean_kernels.nn.block_sparse_linear import BlockSparseLinear
 from lean_kernels.nn.lean_encoder import LeanEncoder
+from lean_kernels.nn.ngram_classifier import NGramClassifier
+from lean_kernels.nn.ngram_embedding_bag import NGramEmbeddingBag
+from lean_kernels.nn.ngram_vocabulary import NGramVocabulary
 
-__all__ = ["BlockSparseLinear", "LeanEncoder"]
+__all__ = [
+    "BlockSparseLinear",
+    "LeanEncoder",
+    "NGramClassifier",
+    "NGramEmbeddingBag",
+    "NGramVocabulary",
+]

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def lookup(
     if slots is not None:
         numbers = {hash: number for hash, number in slots.tolist() if number >= 0}
     bounds, ids, ends = offsets.tolist(), [], [0]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         piece = text[begin:end].tolist()
         if text.dtype == torch.uint8:
             piece = [word_hash(word) for word in words(bytes(piece))]
