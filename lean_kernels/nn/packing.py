@@ -127,6 +127,7 @@ class Schedule:
         counts = cu_seqlens.diff().cpu().numpy().astype(np.int64)
         self.counts[layer + 1 :] = np.minimum(self.counts[layer + 1 :], counts)
         rest = Schedule(self.counts[layer + 1 :], self.keep.device)
+        self.keep[layer + 1 :] = rest.keep
         for mine, theirs in (
             (self.totals, rest.totals),
             (self.longest, rest.longest),

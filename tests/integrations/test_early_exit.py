@@ -107,6 +107,20 @@ def test_samples_leave_where_they_would_alone(family, kind, profile):
     assert len(layers.unique()) > 1  # the test means something
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_exits_combine_with_thresholds(family):
+    tokens = {"threshold": [0.02, 0.05, 0.08, 0.1]}
+    model = with_exits(classifier(family), RULES["entropy"], tokens)
+    ids, mask = batch(lengths=LENGTHS)
+    logits = hidden(model, ids, mask)
+    layers = encoder_of(model).exit_layers
+    for row, length in enumerate(LENGTHS):
+        expected = hidden(model, ids[row : row + 1, :length], mask[row : row + 1, :length])
+        assert encoder_of(model).exit_layers == layers[row]
+        assert_rms(logits[row], expected[0], 1e-6)
+    assert len(layers.unique()) > 1
+
+
 def test_one_output_exits_by_patience():
     original = classifier(labels=1)
     rule = {"criterion": "patience", "patience": 1, "threshold": 0.6}

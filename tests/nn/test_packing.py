@@ -98,6 +98,7 @@ def test_schedule():
     schedule.after_threshold(0, torch.tensor([0, 1, 1, 3], dtype=torch.int32), 3)
     assert [cu.tolist() for cu in schedule.cu_seqlens] == [[0, 5, 5, 7], [0, 1, 1, 3], [0, 1, 1, 3]]
     assert schedule.totals == [7, 3, 3]
+    assert schedule.keep.tolist() == [[5, 0, 2], [1, 0, 2], [1, 0, 2]]
 
 
 def _problem(window, heads_kv, cross):
