@@ -4,6 +4,7 @@
 Dense layers have no such product: torch computes three of them as fast as one.
 """
 
+import threading
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from lean_kernels.nn.block_sparse_linear import BlockSparseLinear
 from lean_kernels.ops.block_sparse_linear import bsr, op
+
+# Two threads that moved the same parameters at once would each believe they share their memory.
+_MOVING = threading.Lock()
 
 
 class _Fused:
@@ -63,16 +67,22 @@ def _signature(layers: list[BlockSparseLinear]) -> list[tuple]:
     return found
 
 
-def _fusable(layers: list[nn.Module]) -> bool:
-    first = layers[0]
-    return all(
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling it is its product and no more; anybody may change that at any time."""
+    return (
         type(layer) is BlockSparseLinear
         and layer.activation is None
-        and (layer.in_features, layer.block_shape) == (first.in_features, first.block_shape)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def _fusable(layers: list[BlockSparseLinear]) -> bool:
+    first = layers[0]
+    return all(
+        (layer.in_features, layer.block_shape) == (first.in_features, first.block_shape)
         and layer.out_features % layer.block_shape[0] == 0
         and layer.nnz > 0
         and (layer.bias is None) == (first.bias is None)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
         and all(map(_is_ours, layer._parameters.values()))
         for layer in layers
     )
@@ -97,19 +107,30 @@ class FusedProjections:
 
         Gradients do not flow; call it where none are wanted.
         """
-        if not all(type(layer) is BlockSparseLinear for layer in layers):
+        if not all(map(_is_bare, layers)):
             return None
-        fused = self._entries.get(layers[0])
-        if fused is None or fused.signature != _signature(layers):
-            if not _fusable(layers):
+        fused = self._current(layers)
+        if fused is None:
+            with _MOVING:
+                fused = self._current(layers) or self._make(layers)
+            if fused is None:
                 return None
-            with torch.inference_mode(False), torch.no_grad():
-                fused = self._entries[layers[0]] = _Fused(layers)
         y = op.apply(
             x, fused.weight, fused.crow_indices, fused.col_indices, fused.bias, None,
             sum(fused.widths), None,
         )  # fmt: skip
         return y.split(fused.widths, dim=1)
+
+    def _current(self, layers: list[BlockSparseLinear]) -> _Fused | None:
+        fused = self._entries.get(layers[0])
+        return None if fused is None or fused.signature != _signature(layers) else fused
+
+    def _make(self, layers: list[BlockSparseLinear]) -> _Fused | None:
+        if not _fusable(layers):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            fused = self._entries[layers[0]] = _Fused(layers)
+        return fused
 
     def give_own_memory(self, module, state_dict: dict, prefix: str, metadata) -> None:
         """Hook of `state_dict`: what it holds shares no memory, which file formats refuse."""

@@ -194,8 +194,8 @@ class PackedPass:
             firsts = firsts[torch.from_numpy(lengths > 0).to(firsts.device)]
         x_first = gather_tokens(x, firsts)
         rotary_first = here.rotary and tuple(t[firsts] for t in here.rotary)
+        _, key, value = layout.project(layer, x, here.rotary, self.fused)  # may move the weights
         query = layout.query_rows(layer, x_first, rotary_first)
-        _, key, value = layout.project(layer, x, here.rotary, self.fused)
         options["cu_seqlens_k"] = cu
         if here.window is not None:
             options["positions"] = here.positions[firsts]

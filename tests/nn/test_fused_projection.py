@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from lean_kernels.nn import BlockSparseLinear
+from lean_kernels.nn import BlockSparseLinear, fused_projection
 from lean_kernels.nn.fused_projection import FusedProjections
 
 
@@ -97,6 +99,40 @@ def test_what_is_left_alone():
     with torch.inference_mode():
         layers = linears()
         assert fuse(layers, x) is None
+
+
+@torch.no_grad()
+def test_what_a_layer_does_beyond_its_product_is_done_from_then_on():
+    x, fuse = torch.randn(3, 48), FusedProjections()
+    hooked, activated = linears(), linears()
+    assert fuse(hooked, x) is not None and fuse(activated, x) is not None
+    handle = hooked[1].register_forward_hook(lambda *args: None)
+    activated[0].activation = "relu"
+    assert fuse(hooked, x) is None and fuse(activated, x) is None
+    handle.remove()
+    assert fuse(hooked, x) is not None
+
+
+def test_threads_share_what_the_first_one_made(monkeypatch):
+    layers, fuse, x = linears(), FusedProjections(), torch.randn(7, 48)
+    made, real = [], fused_projection._Fused
+
+    def slow(layers):
+        made.append(layers)
+        time.sleep(0.05)  # all threads are there by now
+        return real(layers)
+
+    @torch.no_grad()
+    def run():
+        fuse(layers, x)
+
+    monkeypatch.setattr(fused_projection, "_Fused", slow)
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
 
 
 def test_training_goes_on_after_inference():
