@@ -188,9 +188,10 @@ class PreNorm(Layout):
 
     def feed_forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """[T, D] -> [T, D], residual and norm included."""
-        value, gate = self.part(layer, "up")(self.part(layer, "mlp_norm")(x)).chunk(2, dim=-1)
-        inner = self.part(layer, "activation")(value)
-        inner = inner * gate if torch.is_grad_enabled() else inner.mul_(gate)
+        up, activation = self.part(layer, "up"), self.part(layer, "activation")
+        value, gate = up(self.part(layer, "mlp_norm")(x)).chunk(2, dim=-1)
+        inner = activation(value)
+        inner = inner.mul_(gate) if _nobody_sees(up, activation) else inner * gate
         if layer.training:
             inner = self.part(layer, "mlp_dropout")(inner)
         return _add(self.part(layer, "down"), None, inner, x)
@@ -215,7 +216,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _add(linear: nn.Module, dropout: nn.Module | None, x: Tensor, residual: Tensor) -> Tensor:
     """residual + dropout(linear(x)); a block-sparse linear adds as it stores."""
     dropped = dropout is not None and dropout.training
-    if isinstance(linear, BlockSparseLinear) and not dropped:
+    # Under autocast the product is narrower than the residual, and the sum must not be.
+    fuses = isinstance(linear, BlockSparseLinear) and not linear._forward_hooks
+    if fuses and not dropped and not torch.is_autocast_enabled(x.device.type):
         return linear(x, residual)
     y = dropout(linear(x)) if dropped else linear(x)
-    return y + residual if torch.is_grad_enabled() else y.add_(residual)
+    return y.add_(residual) if _nobody_sees(linear) and y.dtype == residual.dtype else y + residual
+
+
+def _nobody_sees(*modules) -> bool:
+    """Whether what they return may be overwritten: neither a gradient nor a hook wants it."""
+    return not (torch.is_grad_enabled() or any(getattr(m, "_forward_hooks", ()) for m in modules))

@@ -338,6 +338,56 @@ def test_block_sparse_linears_within():
     assert "LeanEncoder" in str(both.lean_report()) and "no padding" in str(both.lean_report())
 
 
+# Every block, so that nothing changes.
+SPARSE = {"linear": {"*": {"block_shape": [16, 16], "fuse_activation": False}}}
+
+
+@pytest.mark.parametrize("recipe", [{}, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_hooks_within_a_layer_see_what_they_see_in_the_dense_model(family, recipe):
+    ids, mask = batch()
+    packed = lk.convert(dense(family), recipe | {"tokens": {}})
+    hidden(packed, ids, mask)  # whatever is kept from pass to pass is there
+    seen = {}
+    for which, model in (("dense", dense(family)), ("packed", packed)):
+        for name, module in layers_of(model)[1].named_modules():
+            if not list(module.children()) and not isinstance(module, nn.Dropout | nn.Identity):
+
+                def hook(module, args, output, key=(which, name)):
+                    seen[key] = output
+
+                module.register_forward_hook(hook)
+        hidden(model, ids, mask)
+    names = {name for which, name in seen if which == "packed"}
+    assert len(names) >= 5  # the linears, and more
+    for name in names:
+        expected, found = seen["dense", name], seen["packed", name]
+        assert_rms(found, expected[mask.bool()], 1e-5)
+
+
+@pytest.mark.parametrize("recipe", [{}, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_autocast_is_as_exact_as_in_the_dense_model(family, recipe):
+    ids, mask = batch()
+    tokens = mask.bool()
+    packed = lk.convert(dense(family), recipe | {"tokens": {}})
+    expected = hidden(dense(family).double(), ids, mask)[tokens]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = (hidden(m, ids, mask)[tokens] for m in (dense(family), packed))
+    assert ours.dtype == theirs.dtype
+    assert rms(ours.double() - expected) <= 2 * rms(theirs.double() - expected)
+
+
+def test_weights_are_not_read_while_they_move():
+    model = lk.convert(dense("bert", CLASSIFY), SPARSE | {"tokens": {}})
+    layer, read = layers_of(model.bert)[-1], []
+    query = layer.attention.self.query
+    call = query.forward
+    query.forward = lambda x: (read.append(query.weight.data_ptr()), call(x))[1]
+    hidden(model, *batch())
+    assert read == [query.weight.data_ptr()]  # another thread that moves them frees the old ones
+
+
 @pytest.mark.parametrize(
     ("family", "recipe", "message"),
     [
