@@ -21,6 +21,7 @@ from lean_kernels.architectures import ENCODER_FAMILIES, find_encoders
 from lean_kernels.nn import LeanEncoder
 from lean_kernels.nn.packing import kept_counts
 from lean_kernels.nn.token_profile import check_profile, rescale
+from lean_kernels.ops.token_selection import kept_count
 from lean_kernels.recipe import TokenRule
 
 __all__ = [
@@ -291,7 +292,7 @@ def calibrate_thresholds(measured: KeyScores, profile: Sequence[float]) -> tuple
     found = []
     for fraction, scores in zip(profile, measured.scores, strict=True):
         ordered = scores[alive].sort(descending=True).values
-        kept = min(math.ceil(fraction * len(alive)), len(ordered))
+        kept = min(kept_count(fraction, len(alive)), len(ordered))
         found.append(float(ordered[kept - 1]) if kept < len(ordered) else 0.0)
         alive &= scores >= found[-1]
     return tuple(found)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lean_kernels.ops.token_selection.reference import SLACK
+
 
 def padding_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """Bool [B, S], True for tokens, of whatever form a model passes its attention mask in.
@@ -75,8 +77,8 @@ def kept_counts(
     rows = np.broadcast_to(lengths, (layers + 1, len(lengths))).copy()
     least = np.minimum(lengths, protected)
     if profile is not None:
-        # 0.1 * 30 is a little above 3 in floating point, and should not keep a fourth token.
-        wanted = np.ceil(np.asarray(profile)[:, None] * lengths - 1e-6).astype(np.int64)
+        # As kept_count rounds: 0.1 * 30 is a little above 3 in floating point.
+        wanted = np.ceil(np.asarray(profile)[:, None] * lengths - SLACK).astype(np.int64)
     elif counts is not None:
         wanted = np.broadcast_to(np.asarray(counts)[:, None], (layers, len(lengths)))
     else:

@@ -22,7 +22,8 @@ def check(case, config):
 def test_token_dropping(kept, density):
     config = Config(size="small", batch=3, tokens=16, kept=kept, density=density)
     workload, errors = check(token_dropping.CASE, config)
-    assert set(errors) == {"lean", "dense"} | ({"packed"} if kept < 1 else set())
+    expected = {"lean", "dense"} | ({"packed"} if kept < 1 else set())
+    assert set(errors) == expected | ({"torch linears"} if density == 1 else set())
     assert workload.ideal > 1.3 / density * (1.5 if kept < 1 else 1)
     assert workload.facts["filled"] == pytest.approx(0.66, abs=0.03)
 

@@ -118,6 +118,10 @@ def test_calibrated_thresholds_leave_the_profiles_share():
         assert int(alive.sum()) <= math.ceil(fraction * 125)
     # Scores are distinct, and each layer still finds enough tokens to choose from.
     assert int(alive.sum()) == math.ceil(0.3 * 125)
+    # 0.1 * 30 is a little above 3 in floating point.
+    scores = random_scores(lengths=(30,))
+    (*_, threshold) = tokens.calibrate_thresholds(scores, (1.0, 1.0, 1.0, 0.1))
+    assert int((scores.scores[-1] >= threshold).sum()) == 3
 
 
 def test_soft_thresholds_approach_the_hard_ones_and_learn():
