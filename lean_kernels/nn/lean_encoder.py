@@ -25,6 +25,9 @@ class LeanEncoder(nn.Module):
     themselves it does not call: their forward hooks run, with padded states, others do not.
     Usually `lean_kernels.convert` makes it.
 
+    Lengths are read on the host, where torch.compile breaks the graph: it computes the same and
+    gains nothing within the encoder, and `fullgraph=True` raises.
+
     In training with attention dropout, attention runs as eager attention does and costs as much
     (`dropout_attention`); hidden dropout acts as ever.
 
