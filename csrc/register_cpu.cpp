@@ -34,6 +34,10 @@ std::tuple<Tensor, Tensor> ngram_lookup(const Tensor&, const Tensor&, std::optio
 Tensor ngram_slots(const Tensor&);
 using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 using Maybe = std::optional<Tensor>;
+Tensor low_rank_embedding(const Tensor&, const Tensor&, Maybe, const Tensor&, Maybe, int64_t, Maybe,
+                          Maybe, Maybe, Maybe, int64_t, Maybe, Maybe, double);
+Tensors low_rank_embedding_grad(const Tensor&, const Tensor&, const Tensor&, Maybe, const Tensor&,
+                                Maybe, int64_t, int64_t, bool, bool, bool, bool, bool);
 Tensors ragged_attention(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe,
                          Maybe, int64_t, double, int64_t, int64_t, int64_t, bool, bool);
 Tensors ragged_attention_grad(const Tensor&, Maybe, const Tensor&, const Tensor&, const Tensor&,
@@ -54,6 +58,8 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("block_sparse_linear_grad_input", TORCH_BOX(&lean_kernels::block_sparse_linear_grad_input));
   m.impl("block_sparse_linear_grad_weight",
          TORCH_BOX(&lean_kernels::block_sparse_linear_grad_weight));
+  m.impl("low_rank_embedding", TORCH_BOX(&lean_kernels::low_rank_embedding));
+  m.impl("low_rank_embedding_grad", TORCH_BOX(&lean_kernels::low_rank_embedding_grad));
   m.impl("ngram_embedding_bag", TORCH_BOX(&lean_kernels::ngram_embedding_bag));
   m.impl("ngram_embedding_bag_grad_rows", TORCH_BOX(&lean_kernels::ngram_embedding_bag_grad_rows));
   m.impl("ngram_embedding_bag_grad_table",

@@ -13,7 +13,7 @@ namespace lean_kernels {
 using Maybe = std::optional<Tensor>;
 
 // Larger outputs are written past the caches, which they would only flush.
-constexpr int64_t kStreamBytes = int64_t(1) << 25;
+constexpr int64_t kStreamBytes = int64_t(1) << 23;
 constexpr int64_t kCacheLine = 64;
 
 // Checked ids, contiguous. Reading them is cheap, and no kernel can then leave its tables.

@@ -19,6 +19,7 @@ namespace {
     isa::attention,              \
     isa::block_sparse,           \
     isa::block_sparse_int8,      \
+    isa::low_rank,               \
     isa::ngram_bag,              \
     isa::selection,              \
     isa::fma_peak,               \

@@ -4,6 +4,7 @@
 
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
+#include "low_rank_embedding.h"
 #include "ngram_embedding_bag.h"
 #include "ragged_attention.h"
 #include "token_selection.h"
@@ -19,6 +20,7 @@ enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
   extern const AttentionKernels attention[kDtypes];                                 \
   extern const BlockSparseKernels block_sparse[kDtypes];                            \
   extern const BlockSparseKernels block_sparse_int8[kDtypes]; /* none for float64 */ \
+  extern const LowRankKernels low_rank[kDtypes];                                    \
   extern const NgramBagKernels ngram_bag[kDtypes + 1]; /* the last of int8 rows */  \
   extern const SelectionKernels selection[2]; /* of float32 and float64 scores */   \
   double fma_peak(int64_t iterations); /* the FLOP done; the caller takes the time */ \
@@ -34,6 +36,7 @@ struct CpuKernels {
   const AttentionKernels* attention;
   const BlockSparseKernels* block_sparse;
   const BlockSparseKernels* block_sparse_int8;  // of x's dtype
+  const LowRankKernels* low_rank;
   const NgramBagKernels* ngram_bag;
   const SelectionKernels* selection;
   double (*fma_peak)(int64_t iterations);

@@ -12,6 +12,12 @@ from torch import Tensor
 
 KINDS = (None, "layer", "rms")  # the index is the code in the schemas
 MOST_ADDED = 2
+# How the schema of an op that takes `added` and `norm` ends: as `spread` and `flatten` give them.
+SCHEMA = (
+    "Tensor? ids0, Tensor? table0, Tensor? ids1, Tensor? table1, "
+    "int norm, Tensor? norm_weight, Tensor? norm_bias, float eps"
+)
+NOTHING = (None, None, None, None, 0, None, None, 0.0)
 
 
 @dataclass(frozen=True)
@@ -142,14 +148,48 @@ def grad(
     """Gradients of x (wide), of weight [D] and of bias [D], for g like `forward`'s result."""
     if norm == 0:
         return g, g.new_empty(0), g.new_empty(0)
-    centre = x - x.mean(-1, keepdim=True) if KINDS[norm] == "layer" else x
-    scale = torch.rsqrt(centre.square().mean(-1, keepdim=True) + eps)
-    normal = centre * scale
-    lead = tuple(range(g.dim() - 1))
-    gw = g if weight is None else g * wide(weight)
-    dx = gw - normal * (gw * normal).mean(-1, keepdim=True)
+    shape = x.shape[-1:]
     if KINDS[norm] == "layer":
-        dx = dx - gw.mean(-1, keepdim=True)
-    if not lead:
-        return dx * scale, g * normal, g
-    return dx * scale, (g * normal).sum(lead), g.sum(lead)
+        # torch's CPU kernel needs a weight and a bias to tell the dtype of their gradients by.
+        scale = x.new_ones(shape) if weight is None else wide(weight)
+        _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+        return torch.ops.aten.native_layer_norm_backward(
+            g.contiguous(), x, shape, mean, rstd, scale, scale, [True, True, True]
+        )
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normal = x * scale
+    gw = g if weight is None else g * wide(weight)
+    dx = (gw - normal * (gw * normal).mean(-1, keepdim=True)) * scale
+    return dx, (g * normal).reshape(-1, *shape).sum(0), g.reshape(-1, *shape).sum(0)
+
+
+def plain(end) -> bool:
+    """Whether the arguments `end`, in the order of SCHEMA, leave rows as they are."""
+    return end[0] is None and end[2] is None and end[4] == 0
+
+
+def trained(end) -> tuple[Tensor | None, ...]:
+    """What may be trained of `end`: two added tables, and the norm's weight and bias."""
+    return end[1], end[3], end[5], end[6]
+
+
+def end_grad(g: Tensor, rows: Tensor, end, need) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of the rows and of what `trained` lists, None where not needed.
+
+    Args:
+        g: of the op's result.
+        rows: what the op makes of the arguments NOTHING.
+        end: the arguments it was called with.
+        need: four bools.
+    """
+    *added, norm, weight, bias, eps = end
+    g, *norms = grad(wide(g), add(wide(rows), tuple(added)), norm, weight, eps)
+    tables = zip(added[::2], added[1::2], strict=True)
+    grads = [
+        torch.ops.aten.embedding_dense_backward(g, ids, table.shape[0], -1, False).to(rows.dtype)
+        if needed
+        else None
+        for (ids, table), needed in zip(tables, need, strict=False)
+    ]
+    parameters = zip(norms, (weight, bias), need[2:], strict=True)
+    return g.to(rows.dtype), [*grads, *(d.to(p.dtype) if n else None for d, p, n in parameters)]

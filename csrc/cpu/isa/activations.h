@@ -9,7 +9,7 @@
 namespace lean_kernels {
 namespace {
 
-enum Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu };
+enum Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kElu };
 
 constexpr int kMany = 4;
 
@@ -52,8 +52,11 @@ LK_INLINE Floats where_below(Floats x, float limit, float a, Floats b) {
 
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 
-// Relative error 1e-7 between the clamps, infinite above 88.4; NaN passes through.
-LK_INLINE Floats exp(Floats x) {
+// exp(x) = scale (1 + rest), |x| at most 89: rest is exp(r) - 1 with |r| <= log(2) / 2.
+struct Exponential {
+  Floats scale, rest;
+};
+LK_INLINE Exponential split_exp(Floats x) {
   x = where_below(x, -87.0f, -87.0f, x);
   x = where_above(x, 89.0f, 89.0f, x);
   const float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
@@ -63,11 +66,21 @@ LK_INLINE Floats exp(Floats x) {
   p = p * r + 4.166838733e-02f;
   p = p * r + 1.666652069e-01f;
   p = p * r + 4.999999345e-01f;
-  p = p * (r * r) + r + 1.0f;
-  return map<float>([&](int i) {
-    const IntVec exponent = ((IntVec)shifted.v[i] + 127) << 23;
-    return p.v[i] * (Vec<float>)exponent;
+  const Floats scale = map<float>([&](int i) {
+    return (Vec<float>)(((IntVec)shifted.v[i] + 127) << 23);
   });
+  return {scale, p * (r * r) + r};
+}
+
+// Relative error 1e-7 between the clamps, infinite above 88.4; NaN passes through.
+LK_INLINE Floats exp(Floats x) {
+  const Exponential e = split_exp(x);
+  return (e.rest + 1.0f) * e.scale;
+}
+// The same, exact near 0.
+LK_INLINE Floats expm1(Floats x) {
+  const Exponential e = split_exp(x);
+  return e.rest * e.scale + (e.scale + -1.0f);
 }
 
 // erf(x / sqrt 2): absolute error 2.9e-7, odd polynomial of degree 27 up to |x| = 5.2, then 1. Even
@@ -102,6 +115,10 @@ LK_INLINE Floats activate(Floats x) {
     return x / (exp(x * (x * x * -0.0713548163f + -1.5957691216f)) + 1.0f);
   }
   if constexpr (kActivation == kSilu) return x / (exp(x * -1.0f) + 1.0f);
+  if constexpr (kActivation == kElu) {
+    const Floats below = expm1(x);
+    return map<float>([&](int i) { return x.v[i] > 0.0f ? x.v[i] : below.v[i]; });
+  }
   return x;
 }
 
@@ -112,6 +129,7 @@ LK_INLINE double activate_one(double x) {
   if constexpr (kActivation == kGeluTanh)
     return 0.5 * x * (1 + ::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
   if constexpr (kActivation == kSilu) return x / (1 + ::exp(-x));
+  if constexpr (kActivation == kElu) return x > 0 ? x : ::expm1(x);
   return x;
 }
 
@@ -121,6 +139,33 @@ LK_INLINE Many<double> activate(Many<double> x) {
     for (int i = 0; i < kMany; ++i)
       for (int lane = 0; lane < kLanes<double>; ++lane)
         x.v[i][lane] = activate_one<kActivation>(x.v[i][lane]);
+  return x;
+}
+
+// Derivatives, of those that are trained through here.
+template <int kActivation>
+LK_INLINE Floats slope(Floats x) {
+  if constexpr (kActivation == kRelu)
+    return map<float>([&](int i) { return x.v[i] > 0.0f ? splat(1.0f) : splat(0.0f); });
+  if constexpr (kActivation == kGelu)
+    return erf_of_scaled(x) * 0.5f + 0.5f + exp(x * x * -0.5f) * x * 0.3989422804f;
+  if constexpr (kActivation == kElu) {
+    const Floats below = exp(x);
+    return map<float>([&](int i) { return x.v[i] > 0.0f ? splat(1.0f) : below.v[i]; });
+  }
+}
+
+template <int kActivation>
+LK_INLINE Many<double> slope(Many<double> x) {
+  for (int i = 0; i < kMany; ++i)
+    for (int lane = 0; lane < kLanes<double>; ++lane) {
+      const double v = x.v[i][lane];
+      if constexpr (kActivation == kRelu) x.v[i][lane] = v > 0 ? 1 : 0;
+      if constexpr (kActivation == kGelu)
+        x.v[i][lane] = 0.5 * (1 + ::erf(v * 0.70710678118654752440)) +
+                       0.39894228040143267794 * v * ::exp(-0.5 * v * v);
+      if constexpr (kActivation == kElu) x.v[i][lane] = v > 0 ? 1 : ::exp(v);
+    }
   return x;
 }
 

@@ -122,6 +122,7 @@ void finish(int activation, const A* tile, int64_t ldt, int rows, int64_t cols, 
     case kGelu: return finish_as<kGelu>(tile, ldt, rows, cols, residual, ldr, y, ldy);
     case kGeluTanh: return finish_as<kGeluTanh>(tile, ldt, rows, cols, residual, ldr, y, ldy);
     case kSilu: return finish_as<kSilu>(tile, ldt, rows, cols, residual, ldr, y, ldy);
+    case kElu: return finish_as<kElu>(tile, ldt, rows, cols, residual, ldr, y, ldy);
     default: return finish_as<kIdentity>(tile, ldt, rows, cols, residual, ldr, y, ldy);
   }
 }

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: Apache-2.0
+// low_rank_embedding and its gradient, for one instruction set.
+//
+// Every output is one sum over the rank in order, started from the bias, whatever the height of the
+// tile it is computed in: a row depends neither on the rest of the batch nor on threads.
+#include "../low_rank_embedding.h"
+
+#include "../isa.h"
+#include "block_sparse_parts.h"
+#include "embedding_row.h"
+
+namespace lean_kernels {
+namespace {
+
+constexpr int64_t kChain = 512;  // of float32 sums: rounding errors grow with the length of a chain
+
+template <class A>
+constexpr int64_t kLineOf = 64 / sizeof(A);
+template <class A>
+constexpr int kStrip = 2 * kLanes<A>;
+
+LK_INLINE int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+// A line more than the features, so that rows do not all fall into the same sets of L1.
+template <class A>
+int64_t made_stride(int64_t features) {
+  return round_up(features, 2 * kStrip<A>) + kLineOf<A>;
+}
+template <class A>
+int64_t padded_rank(int64_t rank) {
+  return round_up(rank, kLanes<A>);
+}
+
+// out [R, V vectors] (+)= x w, x [depth][rows] of unit stride between rows, w [depth][V vectors].
+// The first `depth` starts from init, or from 0 without; `adds` keeps what out holds.
+template <class A, int R, int V>
+void tile_of(const A* x, int64_t x_step, const A* w, int64_t w_step, int64_t depth, const A* init,
+             bool adds, A* out, int64_t ldo) {
+  constexpr int W = kLanes<A>;
+  Vec<A> acc[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = init ? load(init + v * W) : Vec<A>{};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k, x += x_step, w += w_step) {
+    Vec<A> wk[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) wk[v] = load(w + v * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const A xs = x[r];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += wk[v] * xs;
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      A* to = out + r * ldo + v * W;
+      store(to, adds ? acc[r][v] + load(to) : acc[r][v]);
+    }
+}
+
+template <class A>
+using Tile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const A*, bool, A*, int64_t);
+
+template <class A, int V, int R = kWideRows>
+Tile<A> tile_for(int64_t rows) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    return rows == R ? tile_of<A, R, V> : tile_for<A, V, R - 1>(rows);
+  }
+}
+
+// The same over any depth, in chains.
+template <class A>
+LK_INLINE void multiply(Tile<A> tile, const A* x, int64_t x_step, const A* w, int64_t w_step,
+                        int64_t depth, const A* init, bool adds, A* out, int64_t ldo) {
+  for (int64_t k = 0; k < depth; k += kChain, init = nullptr, adds = true)
+    tile(x + k * x_step, x_step, w + k * w_step, w_step, min_of(kChain, depth - k), init, adds, out,
+         ldo);
+}
+
+template <class A, class C>
+LK_INLINE Vec<A> load_code(const C* p, A scale) {
+  if constexpr (sizeof(C) == 1) {
+    typedef int8_t Bytes __attribute__((vector_size(kLanes<A>)));
+    Bytes bytes;
+    memcpy(&bytes, p, sizeof(bytes));
+    return __builtin_convertvector(bytes, Vec<A>) * scale;
+  } else {
+    return load_wide(p);
+  }
+}
+
+template <class A, class C>
+LK_INLINE A one_code(const C* p, A scale) {
+  if constexpr (sizeof(C) == 1) {
+    return A(*p) * scale;
+  } else {
+    return widen(*p);
+  }
+}
+
+template <class C>
+LK_INLINE const C* code_row(const LowRank& p, int64_t group) {
+  return static_cast<const C*>(p.codes) + p.ids[group] * p.code_stride;
+}
+template <class A>
+LK_INLINE A code_scale(const LowRank& p, int64_t group) {
+  return p.scales ? A(p.scales[p.ids[group]]) : A(1);
+}
+
+// Codes of groups [begin, begin + rows) as [rank][rows], rows at most a tile's. May write a vector
+// past the end. Fetches those of the next panel.
+template <class C, class A>
+void gather_panel(const LowRank& p, int64_t begin, int64_t rows, int64_t end, A* panel) {
+  constexpr int W = kLanes<A>;
+  for (int64_t r = begin + rows; r < min_of(begin + 2 * rows, end); ++r)
+    for (int64_t k = 0; k < p.rank; k += 64 / sizeof(C)) __builtin_prefetch(code_row<C>(p, r) + k);
+  for (int64_t k = 0; k < p.rank; k += W) {
+    const int64_t left = p.rank - k;
+    for (int64_t at = (rows - 1) / W * W; at >= 0; at -= W) {
+      Vec<A> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const int64_t group = begin + min_of(at + i, rows - 1);
+        const C* from = code_row<C>(p, group) + k;
+        const A scale = code_scale<A>(p, group);
+        if (left >= W) {
+          v[i] = load_code<A>(from, scale);
+        } else {
+          A lanes[W] = {};
+          for (int64_t c = 0; c < left; ++c) lanes[c] = one_code<A>(from + c, scale);
+          v[i] = load(lanes);
+        }
+      }
+      transpose<A>(v);
+      // Lanes past the last row are overwritten by the next column's.
+      for (int i = 0; i < min_of<int64_t>(W, left); ++i) store(panel + (k + i) * rows + at, v[i]);
+    }
+  }
+}
+
+// Codes of groups [begin, end) as rows, padded with zeros.
+template <class C, class A>
+void gather_rows(const LowRank& p, int64_t begin, int64_t end, A* to) {
+  constexpr int W = kLanes<A>;
+  for (int64_t g = begin; g < end; ++g, to += padded_rank<A>(p.rank)) {
+    const C* from = code_row<C>(p, g);
+    const A scale = code_scale<A>(p, g);
+    int64_t k = 0;
+    for (; k + W <= p.rank; k += W) store(to + k, load_code<A>(from + k, scale));
+    for (; k < p.rank; ++k) to[k] = one_code<A>(from + k, scale);
+    for (; k < padded_rank<A>(p.rank); ++k) to[k] = 0;
+  }
+}
+
+// Strips of the decoder as [strip][rank][kStrip], features past the last zero.
+template <class S>
+void pack(const LowRank& p, int64_t begin, int64_t end, void* packed) {
+  using A = typename Accumulator<S>::type;
+  constexpr int N = kStrip<A>;
+  A* to = static_cast<A*>(packed) + begin * p.rank * N;
+  const S* from = static_cast<const S*>(p.decoder) + begin * N * p.decoder_out;
+  const int64_t whole = min_of(end, p.features / N) - begin;
+  if (whole > 0) {
+    const BlockMatrix w{from, nullptr, nullptr, nullptr,       1,           whole * N, p.rank,
+                        0,    p.decoder_out, p.decoder_in};
+    pack_blocks<S>(w, 0, 1, N, to);
+  }
+  if (begin + whole == end) return;
+  from += whole * N * p.decoder_out;
+  to += whole * N * p.rank;
+  for (int64_t k = 0; k < p.rank; ++k)
+    for (int64_t c = 0; c < N; ++c)
+      to[k * N + c] = (begin + whole) * N + c < p.features
+                          ? widen(from[c * p.decoder_out + k * p.decoder_in])
+                          : A(0);
+}
+
+// made [end - begin rows, made_stride] = activation(codes decoderᵀ + bias) of groups [begin, end).
+template <class S, class C, class A>
+void make_rows(const LowRank& p, int activation, const A* packed, int64_t begin, int64_t end,
+               A* made, A* panels) {
+  constexpr int N = kStrip<A>;
+  const Panels cut(end - begin, kWideRows);
+  const int64_t ld = made_stride<A>(p.features);
+  const Tile<A> taller = tile_for<A, 2>(cut.height + 1), rest = tile_for<A, 2>(cut.height);
+  for (int64_t i = 0, at = 0; i < cut.count; ++i) {
+    const int64_t height = cut.height + (i < cut.taller);
+    gather_panel<C>(p, begin + at, height, end, panels + at * p.rank);
+    at += height;
+  }
+  for (int64_t o = 0; o < p.features; o += N, packed += p.rank * N) {
+    A bias[N] = {};
+    if (p.bias)
+      for (int64_t c = 0; c < min_of<int64_t>(N, p.features - o); ++c)
+        bias[c] = widen(static_cast<const S*>(p.bias)[o + c]);
+    for (int64_t i = 0, at = 0; i < cut.count; ++i) {
+      const int64_t height = cut.height + (i < cut.taller);
+      A* out = made + at * ld + o;
+      multiply(i < cut.taller ? taller : rest, panels + at * p.rank, height, packed, N, p.rank,
+               bias, false, out, ld);
+      if (activation) finish<A, A>(activation, out, ld, int(height), N, nullptr, 0, out, ld);
+      at += height;
+    }
+  }
+}
+
+template <class F>
+LK_INLINE void each_place(const LowRank& p, int64_t group, F f) {
+  if (!p.first) return f(group);
+  for (int64_t place = p.first[group]; place >= 0; place = p.next[place]) f(place);
+}
+
+template <class S, class C>
+void rows_of(const LowRank& p, const EmbeddingRows& end_of_row, const void* packed, int64_t begin,
+             int64_t end, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  const int64_t ld = made_stride<A>(p.features);
+  A* made = static_cast<A*>(scratch);
+  A* finished = made + (end - begin) * ld;
+  make_rows<S, C>(p, p.activation, static_cast<const A*>(packed), begin, end, made, finished + ld);
+  for (int64_t g = begin; g < end; ++g)
+    each_place(p, g, [&](int64_t place) {
+      finish_row<S>(end_of_row, place, made + (g - begin) * ld, finished);
+    });
+  end_of_stores();
+}
+
+template <class S>
+void rows(const LowRank& p, const EmbeddingRows& end_of_row, const void* packed, int64_t begin,
+          int64_t end, void* scratch) {
+  if (p.scales) return rows_of<S, int8_t>(p, end_of_row, packed, begin, end, scratch);
+  return rows_of<S, S>(p, end_of_row, packed, begin, end, scratch);
+}
+
+// The decoder as [strip of the padded rank][features][strip]: the strips of kStrip first, then one
+// of half as much.
+template <class S>
+void grad_pack(const LowRank& p, void* packed) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>, N = kStrip<A>;
+  A* to = static_cast<A*>(packed);
+  const S* from = static_cast<const S*>(p.decoder);
+  for (int64_t k = 0; k < padded_rank<A>(p.rank); k += N) {
+    const int64_t strip = min_of<int64_t>(N, padded_rank<A>(p.rank) - k);
+    for (int64_t o = 0; o < p.features; ++o, to += strip) {
+      const S* row = from + o * p.decoder_out + k * p.decoder_in;
+      int64_t c = 0;
+      if (p.decoder_in == 1)
+        for (; c + W <= min_of(strip, p.rank - k); c += W) store(to + c, load_wide(row + c));
+      for (; c < strip; ++c) to[c] = k + c < p.rank ? widen(row[c * p.decoder_in]) : A(0);
+    }
+  }
+}
+
+// to [features][height] from rows [height, ld]; may write a vector past the end.
+template <class A>
+void transpose_rows(const A* rows, int64_t ld, int64_t height, int64_t features, A* to) {
+  constexpr int W = kLanes<A>;
+  for (int64_t c = 0; c < features; c += W)
+    for (int64_t at = (height - 1) / W * W; at >= 0; at -= W) {
+      Vec<A> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = load(rows + min_of(at + i, height - 1) * ld + c);
+      transpose<A>(v);
+      for (int i = 0; i < min_of<int64_t>(W, features - c); ++i)
+        store(to + (c + i) * height + at, v[i]);
+    }
+}
+
+template <int kActivation, class A>
+LK_INLINE void times_slope(A* sums, const A* before, int64_t ld) {
+  constexpr int W = kLanes<A>;
+  for (int64_t i = 0; i + kMany * W <= ld; i += kMany * W) {
+    const Many<A> s = slope<kActivation>(map<A>([&](int v) { return load(before + i + v * W); }));
+#pragma GCC unroll 4
+    for (int v = 0; v < kMany; ++v) {
+      A* at = sums + i + v * W;
+      store(at, load(at) * s.v[v]);
+    }
+  }
+}
+
+// sums [rows, made_stride]: of each group the gradients of its places, scaled, through the
+// activation. Lanes past the features are zero.
+template <class S, class C, class A>
+void sum_places(const LowRank& p, const LowRankGrad& g, const A* packed, int64_t begin, int64_t end,
+                A* sums, A* before, A* panels) {
+  const int64_t ld = made_stride<A>(p.features);
+  for (int64_t group = begin; group < end; ++group) {
+    A* to = sums + (group - begin) * ld;
+    memset(to, 0, ld * sizeof(A));
+    each_place(p, group, [&](int64_t place) {
+      const S* from = static_cast<const S*>(g.grad) + place * g.grad_stride;
+      sum_over<A>(p.features, [&](int64_t i, auto kind) {
+        return keep(to + i, read(kind, to + i) + read(kind, from + i));
+      });
+    });
+    if (g.count) {
+      const A scale = A(1) / A(g.count[g.distinct[group]]);
+      for (int64_t i = 0; i < p.features; ++i) to[i] *= scale;
+    }
+  }
+  if (!p.activation) return;
+  make_rows<S, C>(p, kIdentity, packed, begin, end, before, panels);
+  for (int64_t r = 0; r < end - begin; ++r) {
+    A *to = sums + r * ld, *z = before + r * ld;
+    if (p.activation == kRelu) times_slope<kRelu>(to, z, ld);
+    if (p.activation == kGelu) times_slope<kGelu>(to, z, ld);
+    if (p.activation == kElu) times_slope<kElu>(to, z, ld);
+  }
+}
+
+template <class S, class C>
+void grad_of(const LowRank& p, const LowRankGrad& g, const void* packed, const void* grad_packed,
+             int64_t begin, int64_t end, void* decoder, void* bias, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>, N = kStrip<A>;
+  const int64_t ld = made_stride<A>(p.features), rank = padded_rank<A>(p.rank), rows = end - begin;
+  A* sums = static_cast<A*>(scratch);
+  A* before = sums + rows * ld;
+  A* codes = before + (p.activation ? rows * ld : 0);
+  A* panel = codes + rows * rank;
+  sum_places<S, C>(p, g, static_cast<const A*>(packed), begin, end, sums, before, panel);
+  if (bias)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < ld; i += W) {
+        A* to = static_cast<A*>(bias) + i;
+        store(to, load(to) + load(sums + r * ld + i));
+      }
+  if (g.codes) {
+    const Panels cut(rows, kWideRows);
+    for (int64_t i = 0, at = 0; i < cut.count; ++i) {
+      const int64_t height = cut.height + (i < cut.taller);
+      transpose_rows(sums + at * ld, ld, height, p.features, panel);
+      A* out = static_cast<A*>(g.codes) + (begin + at) * rank;
+      const A* w = static_cast<const A*>(grad_packed);
+      for (int64_t k = 0; k < rank; k += N, w += p.features * N) {
+        const bool wide = rank - k >= N;
+        multiply(wide ? tile_for<A, 2>(height) : tile_for<A, 1>(height), panel, height, w,
+                 wide ? N : W, p.features, static_cast<const A*>(nullptr), false, out + k, rank);
+      }
+      at += height;
+    }
+  }
+  if (decoder) {
+    gather_rows<C>(p, begin, end, codes);
+    A* out = static_cast<A*>(decoder);
+    for (int64_t k = 0; k < rank; k += N)
+      for (int64_t o = 0; o < p.features; o += kWideRows) {
+        const int64_t height = min_of<int64_t>(kWideRows, p.features - o);
+        const bool wide = rank - k >= N;
+        multiply(wide ? tile_for<A, 2>(height) : tile_for<A, 1>(height), sums + o, ld, codes + k,
+                 rank, rows, static_cast<const A*>(nullptr), true, out + o * rank + k, rank);
+      }
+  }
+}
+
+template <class S>
+void grad(const LowRank& p, const LowRankGrad& g, const void* packed, const void* grad_packed,
+          int64_t begin, int64_t end, void* decoder, void* bias, void* scratch) {
+  if (p.scales)
+    return grad_of<S, int8_t>(p, g, packed, grad_packed, begin, end, decoder, bias, scratch);
+  return grad_of<S, S>(p, g, packed, grad_packed, begin, end, decoder, bias, scratch);
+}
+
+template <class S>
+void add(void* to, const void* from, int64_t count) {
+  using A = typename Accumulator<S>::type;
+  for (int64_t i = 0; i < count; ++i) static_cast<A*>(to)[i] += static_cast<const A*>(from)[i];
+}
+
+template <class S>
+void sum(const void* blocks, int64_t count, int64_t stride, int64_t rows, int64_t cols, void* to) {
+  using A = typename Accumulator<S>::type;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* from = static_cast<const A*>(blocks) + r * stride;
+    write_row<false>(static_cast<S*>(to) + r * cols, cols, [&](int64_t i, auto kind) {
+      auto total = read(kind, from + i);
+      for (int64_t b = 1; b < count; ++b) total += read(kind, from + b * rows * stride + i);
+      return total;
+    });
+  }
+}
+
+template <class S>
+LowRankSizes sizes(const LowRank& p) {
+  using A = typename Accumulator<S>::type;
+  LowRankSizes s;
+  s.strips = ceil_div(p.features, kStrip<A>);
+  s.padded_rank = padded_rank<A>(p.rank);
+  s.made_stride = made_stride<A>(p.features);
+  s.packed = size_t(s.strips * kStrip<A> * p.rank);
+  s.grad_packed = size_t(p.features * s.padded_rank);
+  s.row_scratch = size_t(s.made_stride + p.rank);
+  s.grad_row_scratch = size_t((p.activation ? 2 : 1) * s.made_stride + s.padded_rank + p.rank);
+  s.slack = size_t(s.made_stride + kWideRows * p.features + kLanes<A>);
+  s.panel_rows = kWideRows;
+  return s;
+}
+
+template <class S>
+constexpr LowRankKernels low_rank_kernels() {
+  return {sizes<S>, pack<S>, grad_pack<S>, rows<S>, grad<S>, add<S>, sum<S>};
+}
+
+}  // namespace
+
+const LowRankKernels LEAN_KERNELS_ISA::low_rank[kDtypes] = {
+    low_rank_kernels<float>(), low_rank_kernels<BFloat16>(), low_rank_kernels<Float16>(),
+    low_rank_kernels<double>()};
+
+}  // namespace lean_kernels

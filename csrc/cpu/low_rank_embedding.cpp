@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// low_rank_embedding and its gradient on CPU: ids grouped, groups dealt to torch's thread pool.
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "id_groups.h"
+#include "isa/activations.h"
+
+namespace lean_kernels {
+namespace {
+
+constexpr const char* kOp = "low_rank_embedding";
+constexpr int64_t kScratchBytes = 3 << 16;   // of rows one task makes: they stay in L2
+constexpr int64_t kMostRows = 96;
+constexpr double kSerialFlop = 5e5;          // below this a second thread costs more than it brings
+constexpr int64_t kSerialPack = 1 << 17;     // elements of the decoder
+constexpr int64_t kGroupedFlop = 2048;       // of a row: less costs no more than finding its copies
+constexpr int64_t kParts = 16;               // sums of the decoder's gradient made side by side
+constexpr int64_t kPartBytes = 1 << 26;      // of all of them
+constexpr int kActivations[] = {kIdentity, kRelu, kGelu, kElu};
+
+// Checked arguments; keeps alive what `p` points into.
+struct Problem {
+  LowRank p{};
+  Dtype dtype;
+  int64_t wide_bytes;  // of an accumulator
+  const LowRankKernels& kernels;
+  LowRankSizes sizes;
+  Ids ids;
+
+  Problem(const Tensor& id, const Tensor& codes, const Maybe& scales, const Tensor& decoder,
+          const Maybe& bias, int64_t activation)
+      : dtype(dtype_of(decoder, kOp)),
+        wide_bytes(dtype == kFloat64 ? 8 : 4),
+        kernels(cpu_kernels().low_rank[dtype]),
+        ids(id, codes.dim() == 2 ? codes.size(0) : 0, kOp, "ids"),
+        codes_(codes),
+        decoder_(decoder) {
+    STD_TORCH_CHECK(codes.dim() == 2 && decoder.dim() == 2 && codes.size(1) == decoder.size(1) &&
+                        codes.size(1) > 0 && decoder.size(0) > 0,
+                    kOp, ": codes must be [V, rank] and decoder [D, rank], neither empty");
+    STD_TORCH_CHECK(codes.scalar_type() == (scales ? ScalarType::Char : decoder.scalar_type()), kOp,
+                    ": codes must have the decoder's dtype, or be int8 with scales");
+    STD_TORCH_CHECK(activation >= 0 && activation < int64_t(std::size(kActivations)), kOp,
+                    ": activation must be a code from 0 to 3");
+    if (codes_.stride(1) != 1) codes_ = torch::stable::contiguous(codes_);
+    p.codes = codes_.const_data_ptr();
+    p.code_stride = codes_.stride(0);
+    if (scales) {
+      STD_TORCH_CHECK(scales->dim() == 1 && scales->size(0) == codes.size(0) &&
+                          scales->scalar_type() == ScalarType::Float,
+                      kOp, ": scales must be float32 [V]");
+      scales_ = as_contiguous(*scales);
+      p.scales = static_cast<const float*>(scales_->const_data_ptr());
+    }
+    p.decoder = decoder.const_data_ptr();
+    p.decoder_out = decoder.stride(0);
+    p.decoder_in = decoder.stride(1);
+    p.features = decoder.size(0);
+    p.rank = decoder.size(1);
+    if (bias) {
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == p.features &&
+                          bias->scalar_type() == decoder.scalar_type(),
+                      kOp, ": bias must be [D] in the decoder's dtype");
+      bias_ = as_contiguous(*bias);
+      p.bias = bias_->const_data_ptr();
+    }
+    p.activation = kActivations[activation];
+    sizes = kernels.sizes(p);
+  }
+
+  // The decoder, packed, in memory of the calling thread.
+  const void* pack() const {
+    void* packed = thread_scratch<1>(sizes.packed * wide_bytes);
+    const int64_t elements = p.features * p.rank;
+    const int64_t threads = elements < kSerialPack ? 1 : torch::stable::get_num_threads();
+    const int64_t tasks = std::min(threads, sizes.strips);
+    run_tasks(tasks, threads, [&](int64_t i) {
+      kernels.pack(p, sizes.strips * i / tasks, sizes.strips * (i + 1) / tasks, packed);
+    });
+    return packed;
+  }
+
+  // Rows of a task that makes rows of scratch: whole panels, that stay in L2.
+  int64_t task_rows() const {
+    const int64_t fit = kScratchBytes / (sizes.made_stride * wide_bytes) / sizes.panel_rows;
+    return std::min(kMostRows, std::max<int64_t>(fit, 1) * sizes.panel_rows);
+  }
+
+  double flop(int64_t rows) const { return 2.0 * rows * p.features * p.rank; }
+
+ private:
+  Tensor codes_, decoder_;
+  std::optional<Tensor> scales_, bias_;
+};
+
+}  // namespace
+
+Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
+                          const Tensor& decoder, Maybe bias, int64_t activation, Maybe ids0,
+                          Maybe table0, Maybe ids1, Maybe table1, int64_t norm, Maybe norm_weight,
+                          Maybe norm_bias, double eps) {
+  Problem problem(ids, codes, scales, decoder, bias, activation);
+  LowRank& p = problem.p;
+  std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(p.features);
+  Tensor out = torch::stable::new_empty(decoder, sizes);
+  const RowEnd end(kOp, out, ids0, table0, ids1, table1, norm, norm_weight, norm_bias, eps);
+  if (problem.ids.count == 0) return out;
+
+  std::optional<IdGroups> groups;
+  std::vector<int64_t> each;
+  int64_t rows = problem.ids.count;
+  if (rows > 1 && problem.flop(1) >= kGroupedFlop) {
+    groups.emplace(problem.ids);
+    rows = groups->size();
+    p.ids = groups->id.data();
+    p.first = groups->first.data();
+    p.next = groups->next.data();
+  } else if (problem.ids.wide) {
+    p.ids = static_cast<const int64_t*>(problem.ids.data());
+  } else {
+    for (int64_t i = 0; i < rows; ++i) each.push_back(problem.ids[i]);
+    p.ids = each.data();
+  }
+  const void* packed = problem.pack();
+  const int64_t threads = problem.flop(rows) < kSerialFlop ? 1 : torch::stable::get_num_threads();
+  int64_t tasks = ceil_div(rows, problem.task_rows());
+  if (tasks < 4 * threads) tasks = std::min(rows, ceil_div(tasks, threads) * threads);
+  const auto row_at = [&](int64_t task) { return rows * task / tasks; };
+  run_tasks(tasks, threads, [&](int64_t i) {
+    const int64_t height = row_at(i + 1) - row_at(i);
+    const size_t scratch = height * problem.sizes.row_scratch + problem.sizes.slack;
+    problem.kernels.rows(p, end.rows, packed, row_at(i), row_at(i + 1),
+                         thread_scratch(scratch * problem.wide_bytes));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_embedding_grad(
+    const Tensor& grad, const Tensor& ids, const Tensor& codes, Maybe scales,
+    const Tensor& decoder, Maybe bias, int64_t activation, int64_t padding_idx, bool by_frequency,
+    bool sparse, bool need_codes, bool need_decoder, bool need_bias) {
+  Problem problem(ids, codes, scales, decoder, bias, activation);
+  LowRank& p = problem.p;
+  const LowRankSizes& sizes = problem.sizes;
+  const Rows in(grad, kOp);
+  STD_TORCH_CHECK(in.cols == p.features && in.count == problem.ids.count &&
+                      grad.scalar_type() == decoder.scalar_type() && !(scales && need_codes),
+                  kOp, ": grad must have the shape and dtype of the rows, and int8 codes none");
+  const IdGroups groups(problem.ids, padding_idx);
+  p.ids = groups.id.data();
+  p.first = groups.first.data();
+  p.next = groups.next.data();
+  const int64_t rows = groups.size(), places = problem.ids.count;
+  const int64_t task_rows = problem.task_rows(), tiles = ceil_div(rows, task_rows);
+
+  // Each part sums its tiles in order, and the parts are summed in order: what they are must not
+  // depend on the number of threads.
+  const int64_t part_size = need_decoder ? p.features * sizes.padded_rank : 0;
+  const int64_t room = kPartBytes / std::max<int64_t>(1, part_size * problem.wide_bytes);
+  const int64_t parts = std::min({std::max<int64_t>(tiles, 1), kParts, std::max<int64_t>(room, 2)});
+  const int64_t bias_size = need_bias ? sizes.made_stride : 0;
+  const auto zeros = [&](int64_t count) {
+    return std::vector<char>(size_t(count * problem.wide_bytes));
+  };
+  std::vector<char> decoders = zeros(parts * part_size), biases = zeros(parts * bias_size);
+  std::vector<char> code_rows = zeros(need_codes ? rows * sizes.padded_rank : 0);
+  const auto at = [&](std::vector<char>& v, int64_t element) {
+    return v.empty() ? nullptr : v.data() + element * problem.wide_bytes;
+  };
+  LowRankGrad g{in.tensor.const_data_ptr(), in.stride,
+                by_frequency ? groups.count.data() : nullptr, groups.distinct.data(),
+                at(code_rows, 0)};
+  const void* packed = p.activation ? problem.pack() : nullptr;
+  void* grad_packed = nullptr;
+  if (need_codes) {
+    grad_packed = thread_scratch<2>(sizes.grad_packed * problem.wide_bytes);
+    problem.kernels.grad_pack(p, grad_packed);
+  }
+  const double flop = problem.flop(rows) * (need_codes + need_decoder) + double(places) * p.features;
+  const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
+  run_tasks(parts, threads, [&](int64_t i) {
+    for (int64_t tile = tiles * i / parts; tile < tiles * (i + 1) / parts; ++tile) {
+      const int64_t begin = tile * task_rows, end = std::min(rows, begin + task_rows);
+      const size_t scratch = (end - begin) * sizes.grad_row_scratch + sizes.slack;
+      problem.kernels.grad(p, g, packed, grad_packed, begin, end, at(decoders, i * part_size),
+                           at(biases, i * bias_size),
+                           thread_scratch(scratch * problem.wide_bytes));
+    }
+  });
+
+  const auto empty = [&](std::vector<int64_t> shape) {
+    return torch::stable::new_empty(decoder, shape);
+  };
+  Tensor d_codes = empty({0}), d_decoder = empty({0}), d_bias = empty({0});
+  const int64_t rank = p.rank, row_bytes = rank * decoder.element_size();
+  if (need_codes) {
+    d_codes = empty({sparse ? places : codes.size(0), rank});
+    char* to = static_cast<char*>(d_codes.mutable_data_ptr());
+    std::memset(to, 0, d_codes.numel() * decoder.element_size());
+    // Groups of one id are added up in order, each id's in its first group.
+    std::vector<int64_t> owner(groups.count.size(), -1);
+    for (int64_t group = 0; group < rows; ++group) {
+      int64_t& first = owner[groups.distinct[group]];
+      if (first < 0) {
+        first = group;
+      } else {
+        problem.kernels.add(at(code_rows, first * sizes.padded_rank),
+                            at(code_rows, group * sizes.padded_rank), rank);
+      }
+    }
+    for (const int64_t group : owner)
+      problem.kernels.sum(at(code_rows, group * sizes.padded_rank), 1, sizes.padded_rank, 1, rank,
+                          to + (sparse ? groups.first[group] : groups.id[group]) * row_bytes);
+  }
+  if (need_decoder) {
+    d_decoder = empty({p.features, rank});
+    problem.kernels.sum(decoders.data(), parts, sizes.padded_rank, p.features, rank,
+                        d_decoder.mutable_data_ptr());
+  }
+  if (need_bias) {
+    d_bias = empty({p.features});
+    problem.kernels.sum(biases.data(), parts, sizes.made_stride, 1, p.features,
+                        d_bias.mutable_data_ptr());
+  }
+  return {d_codes, d_decoder, d_bias};
+}
+
+}  // namespace lean_kernels
