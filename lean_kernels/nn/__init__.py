@@ -2,14 +2,19 @@
 """Drop-in layers."""
 
 from lean_kernels.nn.block_sparse_linear import BlockSparseLinear
+from lean_kernels.nn.lean_embeddings import LeanEmbeddings
 from lean_kernels.nn.lean_encoder import LeanEncoder
+from lean_kernels.nn.low_rank_embedding import AutoencoderEmbedding, LowRankEmbedding
 from lean_kernels.nn.ngram_classifier import NGramClassifier
 from lean_kernels.nn.ngram_embedding_bag import NGramEmbeddingBag
 from lean_kernels.nn.ngram_vocabulary import NGramVocabulary
 
 __all__ = [
+    "AutoencoderEmbedding",
     "BlockSparseLinear",
+    "LeanEmbeddings",
     "LeanEncoder",
+    "LowRankEmbedding",
     "NGramClassifier",
     "NGramEmbeddingBag",
     "NGramVocabulary",
