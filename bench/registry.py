@@ -16,7 +16,9 @@ CASES = (
     "bert_encoder",
     "block_sparse_linear",
     "early_exit",
+    "ngram_embedding_bag",
     "ragged_attention",
+    "tensor_train_embedding",
     "token_compaction",
     "token_dropping",
 )

@@ -46,6 +46,10 @@ Tensors ragged_attention_grad(const Tensor&, Maybe, const Tensor&, const Tensor&
 std::vector<Tensor> gather_tokens(const std::vector<Tensor>&, const Tensor&);
 Tensor scatter_tokens(const Tensor&, const Tensor&, int64_t);
 void scatter_tokens_into(const Tensor&, const Tensor&, const Tensor&);
+Tensor tensor_train_embedding(const Tensor&, const std::vector<Tensor>&, int64_t, int64_t);
+std::vector<Tensor> tensor_train_embedding_grad(const Tensor&, const Tensor&,
+                                                const std::vector<Tensor>&, int64_t, int64_t,
+                                                bool);
 std::tuple<Tensor, Tensor, std::vector<Tensor>> select_tokens(
     const Tensor&, const Tensor&, std::optional<Tensor>, std::optional<Tensor>, double, int64_t,
     std::optional<int64_t>, const std::vector<Tensor>&);
@@ -74,4 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("scatter_tokens", TORCH_BOX(&lean_kernels::scatter_tokens));
   m.impl("scatter_tokens_into", TORCH_BOX(&lean_kernels::scatter_tokens_into));
   m.impl("select_tokens", TORCH_BOX(&lean_kernels::select_tokens));
+  m.impl("tensor_train_embedding", TORCH_BOX(&lean_kernels::tensor_train_embedding));
+  m.impl("tensor_train_embedding_grad", TORCH_BOX(&lean_kernels::tensor_train_embedding_grad));
 }

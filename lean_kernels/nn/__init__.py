@@ -8,6 +8,7 @@ from lean_kernels.nn.low_rank_embedding import AutoencoderEmbedding, LowRankEmbe
 from lean_kernels.nn.ngram_classifier import NGramClassifier
 from lean_kernels.nn.ngram_embedding_bag import NGramEmbeddingBag
 from lean_kernels.nn.ngram_vocabulary import NGramVocabulary
+from lean_kernels.nn.tensor_train_embedding import TensorTrainEmbedding
 
 __all__ = [
     "AutoencoderEmbedding",
@@ -18,4 +19,5 @@ __all__ = [
     "NGramClassifier",
     "NGramEmbeddingBag",
     "NGramVocabulary",
+    "TensorTrainEmbedding",
 ]
