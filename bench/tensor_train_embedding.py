@@ -48,6 +48,11 @@ def _block_tt(c: Config, layer: TensorTrainEmbedding):
     )
 
 
+def _dense(rows, count: int) -> torch.Tensor:
+    rows = rows if isinstance(rows, torch.Tensor) else rows.to_tensor()
+    return rows.reshape(count, -1)
+
+
 def _prepare(c: Config, options: Options) -> Workload:
     torch.manual_seed(0)
     layer = TensorTrainEmbedding(c.rows, c.features, rank=c.rank, order=c.order)
@@ -63,7 +68,7 @@ def _prepare(c: Config, options: Options) -> Workload:
     calls["compiled"] = torch.compile(gather_bmm)
     if find_spec("tltorch") and c.step == "forward" and c.features == _width(layer):
         block = _block_tt(c, layer)
-        calls["tltorch BlockTT"] = lambda: block[ids, :].to_tensor().reshape(c.ids, -1)
+        calls["tltorch BlockTT"] = lambda: _dense(block[ids, :], c.ids)
     if c.step == "forward":
         competitors = {
             name: Competitor(f, (rows.detach(),), TOLERANCE * (1 if name == "lean" else 10))
