@@ -53,6 +53,11 @@ std::vector<Tensor> tensor_train_embedding_grad(const Tensor&, const Tensor&,
 std::tuple<Tensor, Tensor, std::vector<Tensor>> select_tokens(
     const Tensor&, const Tensor&, std::optional<Tensor>, std::optional<Tensor>, double, int64_t,
     std::optional<int64_t>, const std::vector<Tensor>&);
+Tensor tensor_product_embedding(const Tensor&, const Tensor&, const Tensor&, int64_t, Maybe, Maybe,
+                                Maybe, Maybe, int64_t, Maybe, Maybe, double);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe, Maybe, Maybe, int64_t,
+    Maybe, double, int64_t);
 }  // namespace lean_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
@@ -78,6 +83,8 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("scatter_tokens", TORCH_BOX(&lean_kernels::scatter_tokens));
   m.impl("scatter_tokens_into", TORCH_BOX(&lean_kernels::scatter_tokens_into));
   m.impl("select_tokens", TORCH_BOX(&lean_kernels::select_tokens));
+  m.impl("tensor_product_embedding", TORCH_BOX(&lean_kernels::tensor_product_embedding));
+  m.impl("tensor_product_embedding_grad", TORCH_BOX(&lean_kernels::tensor_product_embedding_grad));
   m.impl("tensor_train_embedding", TORCH_BOX(&lean_kernels::tensor_train_embedding));
   m.impl("tensor_train_embedding_grad", TORCH_BOX(&lean_kernels::tensor_train_embedding_grad));
 }

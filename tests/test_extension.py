@@ -132,11 +132,12 @@ def test_numerics_of_each_instruction_set(isa):
         for op in ("block_sparse_linear", "ragged_attention")
         for part in ("", "_gradients")
     ]
-    others = ("add_layer_norm", "block_sparse_linear_int8", "token_selection")
+    others = ("add_layer_norm", "block_sparse_linear_int8", "tensor_product_embedding")
+    others += ("token_selection",)
     files += [f"tests/ops/test_{op}.py" for op in others]
     core = (
         "cpu and (sizes or epilogue or height or every or range or activations or head_dims or "
-        "groups)"
+        "groups or definition)"
     )
     done = run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", core),

@@ -55,7 +55,7 @@ struct RowEnd {
 
   RowEnd(const char* op, const Tensor& out, const Maybe& ids0, const Maybe& table0,
          const Maybe& ids1, const Maybe& table1, int64_t norm, const Maybe& weight,
-         const Maybe& bias, double eps) {
+         const Maybe& bias, double eps, int64_t stream_bytes = kStreamBytes) {
     const int64_t features = out.size(out.dim() - 1), row_bytes = features * out.element_size();
     STD_TORCH_CHECK(norm >= kNoNorm && norm <= kRmsNorm && eps >= 0, op,
                     ": norm must be a code from 0 to 2, its eps not negative");
@@ -84,7 +84,7 @@ struct RowEnd {
     rows.eps = eps;
     rows.features = rows.stride = features;
     rows.out = out.mutable_data_ptr();
-    rows.stream = out.numel() * out.element_size() >= kStreamBytes && row_bytes % kCacheLine == 0 &&
+    rows.stream = out.numel() * int64_t(out.element_size()) >= stream_bytes && row_bytes % kCacheLine == 0 &&
                   reinterpret_cast<uintptr_t>(rows.out) % kCacheLine == 0;
   }
 

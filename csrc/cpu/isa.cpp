@@ -22,6 +22,7 @@ namespace {
     isa::low_rank,               \
     isa::ngram_bag,              \
     isa::selection,              \
+    isa::tensor_product,         \
     isa::tensor_train,           \
     isa::fma_peak,               \
   }

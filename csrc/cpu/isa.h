@@ -7,6 +7,7 @@
 #include "low_rank_embedding.h"
 #include "ngram_embedding_bag.h"
 #include "ragged_attention.h"
+#include "tensor_product_embedding.h"
 #include "tensor_train_embedding.h"
 #include "token_selection.h"
 
@@ -24,6 +25,7 @@ enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
   extern const LowRankKernels low_rank[kDtypes];                                    \
   extern const NgramBagKernels ngram_bag[kDtypes + 1]; /* the last of int8 rows */  \
   extern const SelectionKernels selection[2]; /* of float32 and float64 scores */   \
+  extern const TensorProductKernels tensor_product[kDtypes];                        \
   extern const TensorTrainKernels tensor_train[kDtypes];                            \
   double fma_peak(int64_t iterations); /* the FLOP done; the caller takes the time */ \
   }
@@ -41,6 +43,7 @@ struct CpuKernels {
   const LowRankKernels* low_rank;
   const NgramBagKernels* ngram_bag;
   const SelectionKernels* selection;
+  const TensorProductKernels* tensor_product;
   const TensorTrainKernels* tensor_train;
   double (*fma_peak)(int64_t iterations);
 };

@@ -7,6 +7,7 @@ from lean_kernels.ops.low_rank_embedding import low_rank_embedding
 from lean_kernels.ops.ngram_embedding_bag import ngram_embedding_bag
 from lean_kernels.ops.ngram_lookup import ngram_lookup, ngram_slots
 from lean_kernels.ops.ragged_attention import ragged_attention
+from lean_kernels.ops.tensor_product_embedding import tensor_product_embedding
 from lean_kernels.ops.tensor_train_embedding import tensor_train_embedding
 from lean_kernels.ops.token_selection import (
     Threshold,
@@ -29,5 +30,6 @@ __all__ = [
     "ragged_attention",
     "scatter_tokens",
     "select_tokens",
+    "tensor_product_embedding",
     "tensor_train_embedding",
 ]
