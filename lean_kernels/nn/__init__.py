@@ -5,6 +5,7 @@ from lean_kernels.nn.block_sparse_linear import BlockSparseLinear
 from lean_kernels.nn.lean_embeddings import LeanEmbeddings
 from lean_kernels.nn.lean_encoder import LeanEncoder
 from lean_kernels.nn.low_rank_embedding import AutoencoderEmbedding, LowRankEmbedding
+from lean_kernels.nn.morphte_embedding import MorphTEEmbedding
 from lean_kernels.nn.ngram_classifier import NGramClassifier
 from lean_kernels.nn.ngram_embedding_bag import NGramEmbeddingBag
 from lean_kernels.nn.ngram_vocabulary import NGramVocabulary
@@ -16,6 +17,7 @@ __all__ = [
     "LeanEmbeddings",
     "LeanEncoder",
     "LowRankEmbedding",
+    "MorphTEEmbedding",
     "NGramClassifier",
     "NGramEmbeddingBag",
     "NGramVocabulary",
