@@ -7,13 +7,25 @@ torch, transformers and rich are imported by the commands that need them, so tha
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lean_kernels._progress import progress_bar
+
+__all__ = [
+    "Debug",
+    "Force",
+    "app",
+    "command",
+    "console",
+    "model_path",
+    "progress_bar",
+    "require_transformers",
+]
 
 app = typer.Typer(
     name="lean-kernels",
@@ -54,23 +66,6 @@ def console():
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr; yields the function to call with (done, total, what comes next)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    text = TextColumn("{task.description}", markup=False)
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    with Progress(*columns, text, console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=name
-        )
 
 
 def model_path(model: str) -> str:
