@@ -4,6 +4,9 @@
 [linear."encoder.layer.*.intermediate.dense"]
 block_shape = [32, 32]
 density = 0.2
+[embedding."embeddings.word_embeddings"]
+kind = "autoencoder"
+rank = 96
 [tokens]
 profile = [1.0, 0.8, 0.5, 0.3]
 [exits]
@@ -16,6 +19,8 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 
+from lean_kernels._checks import MOST, check_bool, check_choice, check_fraction, listed, settings
+from lean_kernels.embedding_rule import EmbeddingRule
 from lean_kernels.nn.token_profile import check_profile, rescale
 
 if sys.version_info >= (3, 11):
@@ -23,9 +28,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_MOST = 2**31 - 1  # of any number; kernels count in int32
-_SECTIONS = ("linear", "tokens", "exits")
-_LATER_SECTIONS = ("embedding",)
+_SECTIONS = ("linear", "embedding", "tokens", "exits")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class LinearRule:
         ):
             raise ValueError(f"block_shape must be two positive integers, got {shape!r}")
         object.__setattr__(self, "block_shape", tuple(shape))
-        _check_fraction("density", self.density, zero=False)
-        _check_fraction("dense_above", self.dense_above, zero=True)
-        _check_bool("fuse_activation", self.fuse_activation)
+        check_fraction("density", self.density, zero=False)
+        check_fraction("dense_above", self.dense_above, zero=True)
+        check_bool("fuse_activation", self.fuse_activation)
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,11 @@ class TokenRule:
             )
         ways = [name for name in ("profile", "threshold", "counts") if getattr(self, name)]
         if len(ways) > 1:
-            raise ValueError(f"give one of profile, threshold and counts, got {_listed(ways)}")
+            raise ValueError(f"give one of profile, threshold and counts, got {listed(ways)}")
         if self.profile is not None:
             object.__setattr__(self, "profile", check_profile(self.profile))
-        if isinstance(self.speed, int) and self.speed > _MOST:  # more than a float can hold
-            raise ValueError(f"speed must be at most {_MOST}")
+        if isinstance(self.speed, int) and self.speed > MOST:  # more than a float can hold
+            raise ValueError(f"speed must be at most {MOST}")
         rescale(self.profile or (1.0,), self.speed)
         if self.speed != 1 and self.profile is None:
             raise ValueError(f"speed rescales a profile, and there is none; got {self.speed}")
@@ -123,12 +126,12 @@ class TokenRule:
         self._check_numbers("counts", int, "integers, 1 or more")
         if self.counts is not None and list(self.counts) != sorted(self.counts, reverse=True):
             raise ValueError(f"counts must not rise, got {list(self.counts)}")
-        _check_choice("reduction", self.reduction, ("mean", "sum"))
-        _check_choice("protect", self.protect, ("first", "ends"))
-        _check_choice("dropped", self.dropped, ("last", "zeros"))
-        _check_bool("exclude_diagonal", self.exclude_diagonal)
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_choice("protect", self.protect, ("first", "ends"))
+        check_choice("dropped", self.dropped, ("last", "zeros"))
+        check_bool("exclude_diagonal", self.exclude_diagonal)
         if self.first_only is not None:
-            _check_bool("first_only", self.first_only)
+            check_bool("first_only", self.first_only)
 
     def _check_numbers(self, name: str, kind, expected: str) -> None:
         values = getattr(self, name)
@@ -139,7 +142,7 @@ class TokenRule:
             not isinstance(values, (list, tuple))
             or not values
             or any(isinstance(v, bool) or not isinstance(v, kind) for v in values)
-            or not all(least <= v <= _MOST for v in values)
+            or not all(least <= v <= MOST for v in values)
         ):
             raise ValueError(f"{name} must be a list of {expected}, one per layer, got {values!r}")
         object.__setattr__(self, name, tuple(values))
@@ -152,7 +155,7 @@ class TokenRule:
 
     def to_dict(self) -> dict:
         """What differs from the defaults, as plain lists, numbers and strings."""
-        return _settings(self)
+        return settings(self)
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,8 @@ class ExitRule:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("criterion", self.criterion, ("entropy", "confidence", "patience"))
-        value, most = self.threshold, 1 if self.criterion == "confidence" else _MOST
+        check_choice("criterion", self.criterion, ("entropy", "confidence", "patience"))
+        value, most = self.threshold, 1 if self.criterion == "confidence" else MOST
         if value is None:
             if self.criterion != "patience":
                 raise ValueError(f"criterion {self.criterion!r} needs a threshold")
@@ -198,7 +201,7 @@ class ExitRule:
 
     def to_dict(self) -> dict:
         """What differs from the defaults, as plain numbers and strings."""
-        return {"criterion": self.criterion} | _settings(self)
+        return {"criterion": self.criterion} | settings(self)
 
 
 @dataclass
@@ -206,8 +209,9 @@ class Recipe:
     """Which modules of a model become what.
 
     Args:
-        linear: glob on full module names (`fnmatch`, case-sensitive; `*` also crosses dots) to
-            rule. The first glob that matches a module wins; what none matches stays as it is.
+        linear, embedding: glob on full module names (`fnmatch`, case-sensitive; `*` also crosses
+            dots) to rule. The first glob that matches a module wins; what none matches stays as it
+            is.
         tokens: how the model's encoder treats tokens. None leaves the encoder as it is, or only
             packs it where `exits` is given.
         exits: early exits of a sequence classifier.
@@ -216,14 +220,16 @@ class Recipe:
     linear: dict[str, LinearRule] = field(default_factory=dict)
     tokens: TokenRule | None = None
     exits: ExitRule | None = None
+    embedding: dict[str, EmbeddingRule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for glob, rule in self.linear.items():
-            if not isinstance(glob, str) or not isinstance(rule, LinearRule):
-                raise ValueError(
-                    f"Recipe.linear maps a glob to a LinearRule, got {glob!r}: {rule!r}; "
-                    "Recipe.from_dict takes plain dicts"
-                )
+        for name, kind in _BY_GLOB.items():
+            for glob, rule in getattr(self, name).items():
+                if not isinstance(glob, str) or not isinstance(rule, kind):
+                    raise ValueError(
+                        f"Recipe.{name} maps a glob to a rule, {kind.__name__}, got {glob!r}: "
+                        f"{rule!r}; Recipe.from_dict takes plain dicts"
+                    )
         for name, kind in (("tokens", TokenRule), ("exits", ExitRule)):
             rule = getattr(self, name)
             if rule is not None and not isinstance(rule, kind):
@@ -251,27 +257,24 @@ class Recipe:
         if not isinstance(content, dict):
             raise ValueError(f"recipe: expected a table of sections, got {content!r}")
         for section in content:
-            if section in _LATER_SECTIONS:
-                raise ValueError(
-                    f"recipe: this version of lean_kernels has no section [{section}] yet; "
-                    f"it has {_listed(_SECTIONS)}"
-                )
             if section not in _SECTIONS:
                 raise ValueError(
-                    f"recipe: unknown section [{section}]; expected {_listed(_SECTIONS)}"
+                    f"recipe: unknown section [{section}]; expected {listed(_SECTIONS)}"
                 )
-        table = content.get("linear", {})
-        if not isinstance(table, dict):
-            raise ValueError(f"recipe: [linear] must hold a table per glob, got {table!r}")
-        linear = {
-            glob: rule_of(LinearRule, rule, f'recipe: [linear."{glob}"]')
-            for glob, rule in table.items()
-        }
+        by_glob = {}
+        for name, kind in _BY_GLOB.items():
+            table = content.get(name, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"recipe: [{name}] must hold a table per glob, got {table!r}")
+            by_glob[name] = {
+                glob: rule_of(kind, rule, f'recipe: [{name}."{glob}"]')
+                for glob, rule in table.items()
+            }
         tokens, exits = (
             rule_of(kind, content[name], f"recipe: [{name}]") if name in content else None
             for name, kind in (("tokens", TokenRule), ("exits", ExitRule))
         )
-        return cls(linear, tokens, exits)
+        return cls(tokens=tokens, exits=exits, **by_glob)
 
     def to_dict(self) -> dict:
         """The recipe as plain lists, numbers and dicts; `from_dict` gives it back."""
@@ -280,60 +283,33 @@ class Recipe:
             values = {item.name: getattr(rule, item.name) for item in fields(rule)}
             values["block_shape"] = list(rule.block_shape)
             linear[glob] = {key: value for key, value in values.items() if value is not None}
+        embedding = {glob: rule.to_dict() for glob, rule in self.embedding.items()}
         rules = {"tokens": self.tokens, "exits": self.exits}
-        return {"linear": linear} | {
-            name: rule.to_dict() for name, rule in rules.items() if rule is not None
+        return {
+            "linear": linear,
+            **({"embedding": embedding} if embedding else {}),
+            **{name: rule.to_dict() for name, rule in rules.items() if rule is not None},
         }
+
+
+_BY_GLOB = {"linear": LinearRule, "embedding": EmbeddingRule}
 
 
 def rule_of(kind: type, values, where: str):
     """The rule that a table spells. Raises ValueError, which names the table as `where`."""
     valid = [item.name for item in fields(kind)]
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a table with the keys {_listed(valid)}, got {values!r}")
+        raise ValueError(f"{where} must be a table with the keys {listed(valid)}, got {values!r}")
     for key, value in values.items():
         if key in valid:
             continue
-        if isinstance(value, dict) and kind is LinearRule:
-            glob = where.split('"')[1]
-            hint = f'; quote a glob that has dots: [linear."{glob}.{key}"]'
+        if isinstance(value, dict) and kind in _BY_GLOB.values():
+            hint = f'; quote a glob that has dots: {where[len("recipe: ") : -2]}.{key}"]'
         else:
             close = difflib.get_close_matches(str(key), valid, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"{where} unknown key {key!r}; expected {_listed(valid)}{hint}")
+        raise ValueError(f"{where} unknown key {key!r}; expected {listed(valid)}{hint}")
     try:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from None
-
-
-def _settings(rule) -> dict:
-    values = {
-        item.name: getattr(rule, item.name)
-        for item in fields(rule)
-        if getattr(rule, item.name) != item.default
-    }
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-
-
-def _check_fraction(name: str, value, *, zero: bool) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (0 <= value <= 1) or (value == 0 and not zero):
-        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
-
-
-def _check_choice(name: str, value, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; expected one of {valid}")
-
-
-def _check_bool(name: str, value) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-
-
-def _listed(names) -> str:
-    return ", ".join(names)

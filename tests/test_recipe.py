@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
+from lean_kernels.embedding_rule import EmbeddingRule
 from lean_kernels.recipe import ExitRule, LinearRule, Recipe, TokenRule
 
 TOML = """
@@ -10,6 +11,15 @@ density = 0.2
 [linear."*.dense"]
 dense_above = 0.9
 fuse_activation = false
+[embedding."*.word_embeddings"]
+kind = "autoencoder"
+rank = 96
+activation = "elu"
+[embedding.wpe]
+kind = "low_rank"
+rank = 8
+dtype = "int8"
+head = false
 [tokens]
 profile = [1, 0.5]
 speed = 2
@@ -30,11 +40,25 @@ def test_toml_dict_and_dataclass_agree(tmp_path):
         },
         TokenRule(profile=(1.0, 0.5), speed=2),
         ExitRule("confidence", threshold=0.9),
+        {
+            "*.word_embeddings": EmbeddingRule("autoencoder", 96, activation="elu"),
+            "wpe": EmbeddingRule("low_rank", 8, head=False, dtype="int8"),
+        },
     )
+    assert recipe.to_dict()["embedding"]["wpe"] == {
+        "kind": "low_rank",
+        "rank": 8,
+        "head": False,
+        "dtype": "int8",
+    }
     assert recipe.to_dict()["tokens"] == {"profile": [1.0, 0.5], "speed": 2}
     assert list(recipe.linear) == ["encoder.layer.*.intermediate.dense", "*.dense"]  # order counts
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_toml(str(path)) == recipe
+
+
+def _low_rank(kind="low_rank", **settings):
+    return {"kind": kind, "rank": 4} | settings
 
 
 def test_defaults():
@@ -46,13 +70,37 @@ def test_defaults():
     assert TokenRule(counts=[4, 2]).layers == 2 == TokenRule(threshold=[0.1, 0]).layers
     with pytest.raises(ValueError, match="must be a TokenRule"):
         Recipe(tokens={"packed": True})
+    assert Recipe().to_dict() == {"linear": {}}
+    rule = EmbeddingRule("morphte", 4)
+    assert (rule.order, rule.layer_norm, rule.head, rule.seed) == (3, True, True, 0)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"embedding": {"e": {}}}, r"no section \[embedding\] yet"),
-        ({"liner": {}}, r"unknown section \[liner\]; expected linear, tokens, exits"),
+        ({"liner": {}}, r"unknown section \[liner\]; expected linear, embedding, tokens, exits"),
+        ({"embedding": {"e": {}}}, r'\[embedding."e"\] unknown kind None; expected one of'),
+        ({"embedding": {"e": {"kind": "svd"}}}, "unknown kind 'svd'; expected one of"),
+        (
+            {"embedding": {"e": {"kind": "low_rank"}}},
+            "rank must be an integer, 1 or more, got None",
+        ),
+        ({"embedding": {"e": _low_rank(rank=0)}}, "rank must be an integer, 1 or more, got 0"),
+        ({"embedding": {"e": _low_rank(rank=True)}}, "rank must be an integer"),
+        ({"embedding": {"e": _low_rank(rang=4)}}, r'\[embedding."e"\] unknown key .*mean rank'),
+        ({"embedding": {"a": {"b": _low_rank()}}}, r'quote a glob .*\[embedding."a.b"\]'),
+        ({"embedding": {"e": _low_rank(head=1)}}, "head must be true or false"),
+        ({"embedding": {"e": _low_rank(activation="elu")}}, "activation goes with kind 'autoenc"),
+        ({"embedding": {"e": _low_rank(epochs=3)}}, "epochs goes with kind 'autoencoder' or"),
+        ({"embedding": {"e": _low_rank(dtype="int4")}}, "unknown dtype 'int4'"),
+        ({"embedding": {"e": _low_rank("morphte", dtype="int8")}}, "dtype goes with kind 'low_"),
+        ({"embedding": {"e": _low_rank("morphte", order=5)}}, "unknown order 5"),
+        ({"embedding": {"e": _low_rank("morphte", morphemes=3)}}, "morphemes must be the path"),
+        ({"embedding": {"e": _low_rank(texts="t.txt")}}, "texts goes with kind 'autoencoder' or"),
+        ({"embedding": {"e": _low_rank("morphte", layer_norm=0)}}, "layer_norm must be true or"),
+        ({"embedding": {"e": _low_rank("autoencoder", epochs=-1)}}, "epochs must be an integer, 0"),
+        ({"embedding": {"e": _low_rank("autoencoder", seed=1.5)}}, "seed must be an integer, 0"),
+        ({"embedding": {"e": _low_rank("autoencoder", activation="relu")}}, "unknown activation"),
         ({"tokens": []}, r"\[tokens\] must be a table with the keys packed, profile"),
         ({"tokens": {"profil": [1.0]}}, r"unknown key 'profil'.*did you mean profile\?"),
         ({"tokens": {"packed": False}}, r"\[tokens\] packed must be true, got False; leave"),
@@ -127,3 +175,5 @@ def test_unreadable_files_are_named(tmp_path):
 def test_a_recipe_holds_rules():
     with pytest.raises(ValueError, match=r"Recipe.from_dict takes plain dicts"):
         Recipe({"*": {"density": 0.2}})
+    with pytest.raises(ValueError, match=r"Recipe.embedding maps a glob to a rule, EmbeddingRule"):
+        Recipe(embedding={"*": LinearRule()})
