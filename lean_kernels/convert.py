@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a model lean, in place, as a recipe says; and dense again."""
 
-import difflib
-import fnmatch
 import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
+from lean_kernels import embedding_kinds, embeddings
+from lean_kernels._progress import Progress
 from lean_kernels.architectures import (
     activation_after,
     activation_function,
@@ -19,24 +16,16 @@ from lean_kernels.architectures import (
     find_encoders,
 )
 from lean_kernels.encoders import attach_exits, check_rules, install, remove
+from lean_kernels.matching import Match, aliases, check_weights, match, owners, replace
 from lean_kernels.nn import BlockSparseLinear
 from lean_kernels.nn.block_sparse_linear import dense_weight, magnitude_mask
 from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.ops.block_sparse_linear.break_even import break_even, device_kind
-from lean_kernels.recipe import LinearRule, Recipe
+from lean_kernels.recipe import Recipe
 from lean_kernels.report import Entry, LeanReport, attached
-from lean_kernels.spec import describe, is_conv1d, replace, why_not_convertible
+from lean_kernels.spec import describe, is_conv1d, why_not_convertible
 
 __all__ = ["LeanReport", "convert", "store_description", "to_dense"]
-
-
-@dataclass(frozen=True)
-class _Match:
-    """A module that a rule matched. It is named, not held: a replaced layer is freed at once."""
-
-    names: list[str]  # all names of the one module object
-    rule: LinearRule
-    left_dense: str | None  # why a layer that is matched stays as it is
 
 
 @torch.no_grad()
@@ -44,15 +33,20 @@ def convert(
     model: nn.Module,
     recipe: Recipe | dict | str | os.PathLike,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    tokenizer=None,
+    progress: Progress | None = None,
 ) -> nn.Module:
-    """Replace linear layers by block-sparse ones and encoders by lean ones, in place.
+    """Replace linear layers by block-sparse ones, embeddings by compressed ones, and encoders by
+    lean ones, in place.
 
     Layers go one by one, each dense weight freed before the next. `model.lean_report()` then lists
     what was replaced and what was left dense, and why: a layer whose kept density is above the
     break-even (see `LinearRule.dense_above`) keeps its full weight, and so does one whose weight
     another module shares, such as an output embedding tied to the input embedding. Modules that
     share one layer go on sharing it.
+
+    Compressed embeddings are fitted to the tables before anything is replaced. An output head tied
+    to one of them becomes its tied head, see `EmbeddingRule.head`.
 
     With `[tokens]` or `[exits]` the model's encoder becomes an `nn.LeanEncoder`. Exit heads start
     as copies of the model's own head, and need training. Where the encoder is lean already, it
@@ -62,7 +56,9 @@ def convert(
         model: any nn.Module; nn.Linear and transformers' Conv1D can be replaced, and the encoders
             of the transformers models in `lean_kernels.architectures`.
         recipe: a Recipe, the same as a dict, or the path of a TOML file.
-        progress: called as progress(done, total, name) before each layer and once at the end.
+        tokenizer: of the model; MorphTE takes its tokens apart.
+        progress: called as progress(done, total, name) before each layer and once at the end; None
+            shows a bar while embeddings are fitted.
 
     Returns:
         The model.
@@ -76,9 +72,10 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be an nn.Module, got {type(model).__name__}")
     lean_encoder = recipe.tokens is not None or recipe.exits is not None
-    if not recipe.linear and not lean_encoder:
+    if not recipe.linear and not recipe.embedding and not lean_encoder:
         raise ValueError(
-            'convert: the recipe has no rules; add a [linear."<glob>"], [tokens] or [exits] section'
+            'convert: the recipe has no rules; add a [linear."<glob>"], [embedding."<glob>"], '
+            "[tokens] or [exits] section"
         )
     _check_quantization(model)
     if why_not_convertible(model) is None:
@@ -86,18 +83,30 @@ def convert(
             f"convert: the model is itself a {type(model).__name__}, which cannot be replaced in "
             "place; use lean_kernels.nn.BlockSparseLinear.from_linear"
         )
-    matches = _match(model, recipe)
-    _check_weights(model, matches)
+    tables = embeddings.find(model, recipe.embedding)
+    taken = {id(layer) for found in tables for layer in _replaced(model, found)}
+    linears = [
+        found
+        for found in _linears(model, recipe)
+        if id(model.get_submodule(found.names[0])) not in taken
+    ]
+    check_weights(model, tables + linears)
     if lean_encoder:
         check_rules(model, recipe.tokens, recipe.exits)
 
+    total, fitted = len(tables) + len(linears), []
+    for done, found in enumerate(tables):
+        fitted.append(_fit(model, found, tokenizer, _within(progress, done, total, found.names[0])))
     entries = {}
-    for done, match in enumerate(matches):
+    for done, found in enumerate(linears, len(tables)):
         if progress is not None:
-            progress(done, len(matches), match.names[0])
-        entries[match.names[0]] = _replace_linear(model, match)
+            progress(done, total, found.names[0])
+        entries[found.names[0]] = _replace_linear(model, found)
+    for found in tables:
+        embeddings.install(model, found.names[0], fitted.pop(0), head=found.rule.head)
+    embeddings.fuse_blocks(model)
     if progress is not None:
-        progress(len(matches), len(matches), "")
+        progress(total, total, "")
     if lean_encoder:
         for place in find_encoders(model):
             install(model, place, recipe.tokens, recipe.exits)
@@ -105,25 +114,28 @@ def convert(
     now = LeanReport.of(model)
     for entry in now.entries:
         entries.setdefault(entry.name, entry)
-    model.lean_report = partial(attached, LeanReport(list(entries.values()), now.encoders))
+    report = LeanReport(list(entries.values()), now.encoders, now.embeddings)
+    model.lean_report = partial(attached, report)
     store_description(model)
     return model
 
 
 @torch.no_grad()
 def to_dense(model: nn.Module) -> nn.Module:
-    """Undo `convert`, in place: dense layers with the weights the block-sparse ones have, and the
-    encoders that were there before. Exit heads are lost.
+    """Undo `convert`, in place: dense layers with the weights the block-sparse ones have, dense
+    embeddings with the rows the compressed ones make, the encoders that were there before. Exit
+    heads are lost.
 
     Raises:
         ValueError: a layer has an activation and no place in the model to give it back to. The
             model is then unchanged.
     """
-    aliases = _aliases(model)
+    names = aliases(model)
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, BlockSparseLinear)
     }
-    fused = {name: entry["fused_module"] for name, entry in describe(model)["modules"].items()}
+    described = describe(model)["modules"]
+    fused = {name: described[name]["fused_module"] for name in layers}
     for name, layer in layers.items():
         if layer.activation is not None and fused[name] is None:
             raise ValueError(
@@ -135,7 +147,8 @@ def to_dense(model: nn.Module) -> nn.Module:
         if fused[name] is not None:
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, fused[name], activation_module(layer.activation))
-        replace(model, aliases[id(layer)], _dense_layer(layer))
+        replace(model, names[id(layer)], _dense_layer(layer))
+    embeddings.remove(model)
     remove(model)
     model.__dict__.pop("lean_report", None)
     model.__dict__.pop("hf_quantizer", None)
@@ -155,46 +168,45 @@ def _as_recipe(recipe) -> Recipe:
     )
 
 
-def _aliases(model: nn.Module) -> dict[int, list[str]]:
-    """All names of each module object."""
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
-    return aliases
+def _replaced(model: nn.Module, found: Match) -> list[nn.Module]:
+    """The module that a rule takes, and the heads that change with it."""
+    module = model.get_submodule(found.names[0])
+    return [module, *embeddings.tied_heads(model, module)]
 
 
-def _match(model: nn.Module, recipe: Recipe) -> list[_Match]:
-    """The modules each rule takes, in the order of the model, after all checks on the globs."""
-    matches, unusable = [], {glob: [] for glob in recipe.linear}
-    usable, linears = set(), []
-    shared = _shared_parameters(model)
-    for names in _aliases(model).values():
-        module = model.get_submodule(names[0])
-        matching = [g for g in recipe.linear if any(fnmatch.fnmatchcase(n, g) for n in names if n)]
-        reason = _why_not_here(model, names, module)
-        if reason is None:
-            linears.append(names[0])
-        if not matching:
-            continue
-        reason = reason or _tied_note(names, module, shared)
-        if reason is None:
-            usable.update(matching)
-        else:
-            for glob in matching:
-                unusable[glob].append(f"{names[0]} ({reason})")
-        if reason is None or isinstance(module, nn.Linear) or is_conv1d(module):
-            matches.append(_Match(names, recipe.linear[matching[0]], reason))
-    for glob in recipe.linear:
-        if glob in usable:
-            continue
-        if unusable[glob]:
-            listed = ", ".join(unusable[glob][:5]) + (", ..." if len(unusable[glob]) > 5 else "")
-            raise ValueError(
-                f"convert: {glob!r} matches only modules that cannot be converted: {listed}; "
-                "nn.Linear and transformers' Conv1D can"
-            )
-        raise ValueError(f"convert: {glob!r} matches no module{_near_misses(glob, linears)}")
-    return matches
+def _fit(model: nn.Module, found: Match, tokenizer, progress: Progress | None):
+    try:
+        return embedding_kinds.fit(
+            found.rule, model.get_submodule(found.names[0]), tokenizer, progress
+        )
+    except ValueError as error:
+        raise ValueError(f"convert: {found.names[0]}: {error}") from None
+
+
+def _within(progress: Progress | None, done: int, total: int, name: str) -> Progress | None:
+    """Progress of one step of `total`, told as the name of that step."""
+    if progress is None:
+        return None
+
+    def inner(part: int, parts: int, what: str) -> None:
+        progress(done, total, f"{name}: {what}, {part} of {parts}" if what else name)
+
+    return inner
+
+
+def _linears(model: nn.Module, recipe: Recipe) -> list[Match]:
+    """The linear layers each rule takes."""
+    if not recipe.linear:
+        return []
+    owners_of = owners(model)
+
+    def why_not(names: list[str], module: nn.Module) -> str | None:
+        return _why_not_here(model, names, module) or _tied_note(names, owners_of(module))
+
+    def listed(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or is_conv1d(module)
+
+    return match(model, recipe.linear, why_not, listed, "nn.Linear and transformers' Conv1D can")
 
 
 def _why_not_here(model: nn.Module, names: list[str], module: nn.Module) -> str | None:
@@ -205,49 +217,14 @@ def _why_not_here(model: nn.Module, names: list[str], module: nn.Module) -> str 
     return why_not_convertible(module)
 
 
-def _shared_parameters(model: nn.Module) -> dict[tuple, list[str]]:
-    """Names of the parameters that live in the same memory, by that memory."""
-    shared: dict[tuple, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(_memory(parameter), []).append(name)
-    return shared
-
-
-def _memory(tensor: torch.Tensor) -> tuple:
-    plain = type(tensor) is nn.Parameter and not tensor.is_meta
-    pointer = tensor.data_ptr() if plain else 0
-    return (tensor.device, pointer) if pointer else (id(tensor),)
-
-
-def _tied_note(names: list[str], module: nn.Module, shared: dict[tuple, list[str]]) -> str | None:
-    for parameter in module.parameters():
-        for owner in shared[_memory(parameter)]:
-            if owner.rpartition(".")[0] not in names:
-                return f"shares a parameter with {owner}, untie it to convert"
+def _tied_note(names: list[str], parameters: list[str]) -> str | None:
+    for owner in parameters:
+        if owner.rpartition(".")[0] not in names:
+            return f"shares a parameter with {owner}, untie it to convert"
     return None
 
 
-def _near_misses(glob: str, linears: list[str]) -> str:
-    if not linears:
-        return "; the model has no layer that can be converted"
-    patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in linears)
-    close = difflib.get_close_matches(glob, patterns, n=3, cutoff=0.5) or list(patterns)[:3]
-    return f"; among those that can be converted are {', '.join(map(repr, close))}"
-
-
-def _check_weights(model: nn.Module, matches: list[_Match]) -> None:
-    for match in matches:
-        if match.left_dense is not None:
-            continue
-        name = match.names[0]
-        weight = model.get_submodule(name).weight
-        if weight.is_meta:
-            raise ValueError(f"convert: {name} is on the meta device; load its weights first")
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"convert: the weight of {name} has NaN or infinite values")
-
-
-def _replace_linear(model: nn.Module, match: _Match) -> Entry:
+def _replace_linear(model: nn.Module, match: Match) -> Entry:
     name, rule = match.names[0], match.rule
     linear = model.get_submodule(name)
     if match.left_dense is not None:
@@ -323,12 +300,14 @@ def _check_quantization(model: nn.Module) -> None:
         )
 
 
-def store_description(model: nn.Module) -> None:
+def store_description(model: nn.Module) -> dict:
     """Keep the description of a Hugging Face model where its save_pretrained will write it."""
-    if not _is_hugging_face(model):
-        return
+    embeddings.mark(model)
     description = describe(model)
+    if not _is_hugging_face(model):
+        return description
     if description["modules"] or "encoders" in description:
         model.config.quantization_config = description
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    return description

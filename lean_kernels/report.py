@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lean_kernels import embedding_kinds, embeddings
 from lean_kernels.nn import BlockSparseLinear, LeanEncoder
 from lean_kernels.nn.token_profile import rescale
 from lean_kernels.spec import linear_shape
@@ -41,6 +42,51 @@ class Entry:
             )
         out_features, in_features = linear_shape(layer)
         return cls(name, "dense", in_features, out_features, None, 1.0, size, size, note)
+
+
+@dataclass(frozen=True)
+class EmbeddingEntry:
+    """An embedding, or an output head with a table of its own, that is compressed."""
+
+    name: str
+    became: str  # its class
+    num_embeddings: int
+    embedding_dim: int
+    rank: int
+    dense_bytes: int
+    lean_bytes: int  # of its tensors, those of a head's bias left out
+    formula: str  # of its numbers, as its paper counts them
+    formula_bytes: int
+    heads: list[str]  # output heads tied to it, which store nothing
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, module: nn.Module) -> "EmbeddingEntry":
+        """The entry of a compressed embedding, or of a head that owns one."""
+        layer = embeddings.table_of(module)
+        expected, formula = embedding_kinds.formula(layer)
+        return cls(
+            name,
+            type(layer).__name__ if layer is module else f"head of {type(layer).__name__}",
+            layer.num_embeddings,
+            layer.embedding_dim,
+            embedding_kinds.rank(layer),
+            layer.dense_nbytes,
+            layer.nbytes,
+            formula,
+            expected,
+            embeddings.heads_of(model, module),
+        )
+
+    @property
+    def note(self) -> str:
+        """Its bytes against the formula, and what is tied to it."""
+        off = self.lean_bytes / self.formula_bytes - 1
+        parts = [
+            f"{self.dense_bytes / self.lean_bytes:.3g}x smaller",
+            f"{self.formula} = {readable_bytes(self.formula_bytes)}, stored {off:+.2%}",
+            *(f"{head} is tied to it" for head in self.heads),
+        ]
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -83,18 +129,20 @@ class EncoderEntry:
 @dataclass(frozen=True)
 class LeanReport:
     """Every layer that was replaced, or matched and left dense, with sizes and densities, and
-    every encoder that was replaced."""
+    every encoder and embedding that was replaced."""
 
     entries: list[Entry] = field(default_factory=list)
     encoders: list[EncoderEntry] = field(default_factory=list)
+    embeddings: list[EmbeddingEntry] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> "LeanReport":
-        """The block-sparse layers and lean encoders `model` has, however they came there."""
+        """The lean layers and encoders `model` has, however they came there."""
         modules = list(model.named_modules())
         return cls(
             [Entry.of(name, m) for name, m in modules if isinstance(m, BlockSparseLinear)],
             [EncoderEntry.of(name, m) for name, m in modules if isinstance(m, LeanEncoder)],
+            [EmbeddingEntry.of(model, *item) for item in embeddings.compressed(model).items()],
         )
 
     @property
@@ -105,18 +153,19 @@ class LeanReport:
     @property
     def dense_bytes(self) -> int:
         """Bytes of all listed layers, were they dense."""
-        return sum(entry.dense_bytes for entry in self.entries)
+        return sum(entry.dense_bytes for entry in (*self.entries, *self.embeddings))
 
     @property
     def lean_bytes(self) -> int:
         """Bytes of all listed layers as they are."""
-        return sum(entry.lean_bytes for entry in self.entries)
+        return sum(entry.lean_bytes for entry in (*self.entries, *self.embeddings))
 
     def to_dict(self) -> dict:
         """Entries and totals as plain lists, dicts and numbers."""
         return {
             "entries": [asdict(entry) for entry in self.entries],
             "encoders": [asdict(entry) for entry in self.encoders],
+            "embeddings": [asdict(entry) for entry in self.embeddings],
             "replaced": self.replaced,
             "left_dense": len(self.entries) - self.replaced,
             "dense_bytes": self.dense_bytes,
@@ -144,6 +193,19 @@ class LeanReport:
             + [
                 (
                     entry.name,
+                    entry.became,
+                    f"{entry.num_embeddings} x {entry.embedding_dim}",
+                    f"rank {entry.rank}",
+                    "-",
+                    readable_bytes(entry.dense_bytes),
+                    readable_bytes(entry.lean_bytes),
+                    entry.note,
+                )
+                for entry in self.embeddings
+            ]
+            + [
+                (
+                    entry.name,
                     "LeanEncoder",
                     f"{entry.layers} layers",
                     "-",
@@ -159,14 +221,17 @@ class LeanReport:
     def summary(self) -> str:
         """One line: how many layers, the bytes before and after, what the encoders save."""
         left = len(self.entries) - self.replaced
-        encoders = [f"{entry.name}: {entry.note}" for entry in self.encoders]
-        if not self.entries and encoders:
-            return "; ".join(encoders)
-        layers = (
-            f"{self.replaced} layers block-sparse, {left} left dense: "
-            f"{readable_bytes(self.dense_bytes)} -> {readable_bytes(self.lean_bytes)}"
-        )
-        return "; ".join([layers, *encoders])
+        parts = [f"{entry.name}: {entry.note}" for entry in self.encoders]
+        if self.embeddings:
+            names = ", ".join(entry.name for entry in self.embeddings)
+            parts.insert(0, f"{names} compressed")
+        if self.entries:
+            parts.insert(0, f"{self.replaced} layers block-sparse, {left} left dense")
+        if self.entries or self.embeddings:
+            sizes = f"{readable_bytes(self.dense_bytes)} -> {readable_bytes(self.lean_bytes)}"
+            last = bool(self.entries) + bool(self.embeddings) - 1
+            parts[last] += f": {sizes}"
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         rows = self.rows()

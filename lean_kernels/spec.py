@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The description of a lean model that is saved beside its weights, and the model built from it.
 
-`describe` writes it, `rebuild` puts lean encoders and empty block-sparse layers into a dense model
-as it says. Both take any nn.Module; README, "File format", says what each key means.
+`describe` writes it, `rebuild` puts lean encoders, compressed embeddings and block-sparse layers,
+the latter two unset, into a dense model as it says. Both take any nn.Module; README, "File format",
+says what each key means.
 """
 
 from torch import Tensor, nn
 
+from lean_kernels import embedding_kinds, embeddings
 from lean_kernels.architectures import activation_after, activation_function, find_encoders
 from lean_kernels.encoders import (
     attach_exits,
@@ -15,10 +17,12 @@ from lean_kernels.encoders import (
     install,
     read_rules,
 )
+from lean_kernels.matching import aliases, replace
 from lean_kernels.nn import BlockSparseLinear
 from lean_kernels.ops.block_sparse_linear import bsr, op
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+FLOATS = embedding_kinds.FLOATS
 _KIND = "block_sparse_linear"
 _KEYS = {
     "kind": str,
@@ -30,6 +34,7 @@ _KEYS = {
     "activation": (str, type(None)),
     "fused_module": (str, type(None)),
 }
+_EMBEDDING_KEYS = {"kind": str, "head": bool}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -58,13 +63,6 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     return linear.weight.shape[1], linear.weight.shape[0]
 
 
-def replace(model: nn.Module, names: list[str], module: nn.Module) -> None:
-    """Put `module` at each of the dotted names."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-
-
 def describe(model: nn.Module) -> dict:
     """The saved description of the lean layers of `model`: plain lists, dicts, numbers, strings."""
     modules = {}
@@ -85,10 +83,35 @@ def describe(model: nn.Module) -> dict:
             "activation": layer.activation,
             "fused_module": fused,
         }
-    description = {"quant_method": "lean", "format_version": 1, "modules": modules}
+    version = 1
+    for name, layer in embeddings.compressed(model).items():
+        version = 3
+        modules[name] = embedding_kinds.describe(embeddings.table_of(layer)) | {
+            "head": embeddings.owns_table(layer)
+        }
+    description = {"quant_method": "lean", "format_version": version, "modules": modules}
     if encoders := describe_encoders(model):
-        description |= {"format_version": 2, "encoders": encoders}
+        description |= {"format_version": max(2, version), "encoders": encoders}
     return description
+
+
+def version_of(modules: dict, encoders: dict | None) -> int:
+    """The first format version that can say this."""
+    if any(entry.get("kind") in embedding_kinds.KINDS for entry in modules.values()):
+        return 3
+    return 2 if encoders else 1
+
+
+def tensors_of(entry: dict) -> dict[str, tuple[str, ...]]:
+    """The tensors of a layer by name within it, and what safetensors may call their dtype."""
+    if entry["kind"] == _KIND:
+        index = {"crow_indices": ("I32",), "col_indices": ("I32",)}
+        return {"weight": FLOATS} | index | ({"bias": FLOATS} if entry["bias"] else {})
+    tensors = embedding_kinds.tensors(entry)
+    if entry["head"]:
+        tensors = {f"embedding.{name}": dtypes for name, dtypes in tensors.items()}
+        tensors["bias"] = FLOATS
+    return tensors | {"weight": FLOATS}
 
 
 def check(modules: dict, encoders: dict | None = None) -> None:
@@ -99,35 +122,51 @@ def check(modules: dict, encoders: dict | None = None) -> None:
         raise ValueError(f"lean model: modules must be a non-empty table, got {modules!r}")
     for name, entry in modules.items():
         where = f"lean model: module {name!r}"
-        if not isinstance(entry, dict) or entry.keys() != _KEYS.keys():
-            raise ValueError(f"{where} must have exactly the keys {list(_KEYS)}, got {entry!r}")
-        for key, expected in _KEYS.items():
-            value = entry[key]
-            if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-                raise ValueError(f"{where}: {key} has the wrong type, got {value!r}")
-        if entry["kind"] != _KIND:
-            raise ValueError(f"{where}: unknown kind {entry['kind']!r}; expected {_KIND!r}")
-        if entry["activation"] not in op.ACTIVATIONS:
-            raise ValueError(
-                f"{where}: unknown activation {entry['activation']!r}; "
-                f"expected one of {op.ACTIVATIONS}"
-            )
-        shape, block = (entry["out_features"], entry["in_features"]), entry["block_shape"]
-        if len(block) != 2 or any(type(size) is not int or size < 1 for size in (*block, *shape)):
-            raise ValueError(f"{where}: sizes must be positive integers, got {shape} in {block}")
-        rows, cols = bsr.grid(*shape, tuple(block))
-        if not 0 <= entry["nnz"] <= rows * cols:
-            raise ValueError(
-                f"{where}: nnz must lie in [0, {rows * cols}] for a {rows} x {cols} grid of "
-                f"blocks, got {entry['nnz']}"
-            )
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind in embedding_kinds.KINDS:
+            _check_keys(where, entry, _EMBEDDING_KEYS | embedding_kinds.keys(kind))
+            try:
+                embedding_kinds.check(entry)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        else:
+            _check_keys(where, entry, _KEYS)
+            _check_linear(where, entry)
+
+
+def _check_keys(where: str, entry: dict, keys: dict) -> None:
+    if not isinstance(entry, dict) or entry.keys() != keys.keys():
+        raise ValueError(f"{where} must have exactly the keys {list(keys)}, got {entry!r}")
+    for key, expected in keys.items():
+        value = entry[key]
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            raise ValueError(f"{where}: {key} has the wrong type, got {value!r}")
+
+
+def _check_linear(where: str, entry: dict) -> None:
+    if entry["kind"] != _KIND:
+        expected = ", ".join(map(repr, (_KIND, *embedding_kinds.KINDS)))
+        raise ValueError(f"{where}: unknown kind {entry['kind']!r}; expected one of {expected}")
+    if entry["activation"] not in op.ACTIVATIONS:
+        raise ValueError(
+            f"{where}: unknown activation {entry['activation']!r}; expected one of {op.ACTIVATIONS}"
+        )
+    shape, block = (entry["out_features"], entry["in_features"]), entry["block_shape"]
+    if len(block) != 2 or any(type(size) is not int or size < 1 for size in (*block, *shape)):
+        raise ValueError(f"{where}: sizes must be positive integers, got {shape} in {block}")
+    rows, cols = bsr.grid(*shape, tuple(block))
+    if not 0 <= entry["nnz"] <= rows * cols:
+        raise ValueError(
+            f"{where}: nnz must lie in [0, {rows * cols}] for a {rows} x {cols} grid of blocks, "
+            f"got {entry['nnz']}"
+        )
 
 
 def rebuild(
     model: nn.Module, modules: dict, encoders: dict | None = None, *, partial: bool = False
 ) -> dict[str, str]:
-    """Replace the linears that `modules` names by block-sparse layers, weights uninitialised, and
-    the encoders that `encoders` names by lean ones.
+    """Replace the linears that `modules` names by block-sparse layers and the embeddings by
+    compressed ones, all unset, and the encoders that `encoders` names by lean ones.
 
     Names carry over between a Hugging Face base model and one with a head, as its weights do.
 
@@ -138,17 +177,14 @@ def rebuild(
         partial: pass over modules and exits that `model` does not have, so long as it has some.
 
     Returns:
-        Name in `model` of each block-sparse layer built, to its name in `modules`.
+        Name in `model` of each layer built, to its name in `modules`.
 
     Raises:
         ValueError: malformed, or not a description of this model.
     """
     check(modules, encoders)
     _rebuild_encoders(model, encoders or {}, partial)
-    aliases: dict[int, list[str]] = {}
-    found = dict(model.named_modules(remove_duplicate=False))
-    for name, module in found.items():
-        aliases.setdefault(id(module), []).append(name)
+    names, found = aliases(model), dict(model.named_modules(remove_duplicate=False))
     plan = {}
     for saved, entry in modules.items():
         name = _resolve(saved, found, getattr(model, "base_model_prefix", ""))
@@ -158,9 +194,12 @@ def rebuild(
         elif not partial:
             raise ValueError(f"lean model: {type(model).__name__} has no module {saved!r}")
     if modules and not plan:
-        raise ValueError(f"lean model: {type(model).__name__} has none of its block-sparse layers")
+        raise ValueError(f"lean model: {type(model).__name__} has none of its lean layers")
     for name, saved in plan.items():
-        entry, linear = modules[saved], found[name]
+        entry, dense = modules[saved], found[name]
+        if entry["kind"] != _KIND:
+            embeddings.install(model, name, embedding_kinds.build(entry, dense))
+            continue
         layer = BlockSparseLinear(
             entry["in_features"],
             entry["out_features"],
@@ -168,11 +207,11 @@ def rebuild(
             block_shape=tuple(entry["block_shape"]),
             bias=entry["bias"],
             activation=entry["activation"],
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
         )
-        layer.dense_type = type(linear)
-        replace(model, aliases[id(linear)], layer.train(linear.training))
+        layer.dense_type = type(dense)
+        replace(model, names[id(dense)], layer.train(dense.training))
         if entry["fused_module"] is not None:
             parent = name.rpartition(".")[0]
             setattr(model.get_submodule(parent), entry["fused_module"], nn.Identity())
@@ -207,6 +246,9 @@ def _resolve(name: str, found: dict, prefix: str) -> str | None:
 
 def _check_fits(found: dict[str, nn.Module], name: str, entry: dict) -> None:
     linear, where = found[name], f"lean model: module {name!r}"
+    if entry["kind"] != _KIND:
+        _check_table_fits(where, linear, entry)
+        return
     if (reason := why_not_convertible(linear)) is not None:
         raise ValueError(f"{where} must be a linear layer in the dense model, it is {reason}")
     shape = (entry["out_features"], entry["in_features"])
@@ -223,3 +265,19 @@ def _check_fits(found: dict[str, nn.Module], name: str, entry: dict) -> None:
                 f"{where} is said to run {entry['fused_module']!r} as {entry['activation']!r}, but "
                 f"there the dense model has {type(replaced).__name__}"
             )
+
+
+def _check_table_fits(where: str, dense: nn.Module, entry: dict) -> None:
+    expected, kind = (
+        (nn.Linear, "an output head") if entry["head"] else (nn.Embedding, "an embedding")
+    )
+    reason = embeddings.why_not_compressible(dense)
+    if reason is not None or not isinstance(dense, expected):
+        got = reason or type(dense).__name__
+        raise ValueError(f"{where} must be {kind} in the dense model, it is {got}")
+    shape = (entry["num_embeddings"], entry["embedding_dim"])
+    if tuple(dense.weight.shape) != shape:
+        raise ValueError(
+            f"{where} is saved as a table of {shape}, the dense model has "
+            f"{tuple(dense.weight.shape)}"
+        )

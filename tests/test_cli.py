@@ -126,6 +126,23 @@ def test_convert_round_trip(model, recipe, tmp_path):
     assert tokenizer("the dog sleeps")["input_ids"] == [2, 5, 6, 8, 3]
 
 
+def test_convert_compresses_embeddings(model, recipe, tmp_path):
+    pytest.importorskip("morfessor")
+    import lean_kernels as lk
+
+    recipe.write_text(
+        '[embedding."embeddings.word_embeddings"]\nkind = "morphte"\nrank = 2\nepochs = 1\n'
+    )
+    out = tmp_path / "lean"
+    result = run(*convert(model, recipe, out))
+    assert result.exit_code == 0, result.stderr
+    assert "MorphTEEmbedding" in result.stdout and "word_embeddings compressed: " in result.stdout
+    loaded = transformers.AutoModel.from_pretrained(out)
+    assert isinstance(loaded.get_input_embeddings(), lk.nn.MorphTEEmbedding)
+    recipe.write_text('[embedding."*.word"]\nkind = "low_rank"\nrank = 2\n')
+    assert "'*.word' matches no module" in fails(*convert(model, recipe, out, "--force"))
+
+
 def test_convert_keeps_the_head(tmp_path, recipe):
     config = transformers.BertConfig(
         vocab_size=8,

@@ -37,6 +37,11 @@ def _qualified(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def is_embeddings_block(module: nn.Module) -> bool:
+    """Whether `nn.LeanEmbeddings` computes what this module does."""
+    return _qualified(module) in bert.EMBEDDINGS
+
+
 def activation_after(parent: nn.Module, child: str) -> str | None:
     """Name of the child of `parent` that does nothing but activate the output of `child`."""
     linear, activation = _FUSABLE.get(_qualified(parent), (None, None))

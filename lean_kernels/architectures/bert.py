@@ -37,6 +37,9 @@ def _refuse(encoder: nn.Module) -> str | None:
     return None
 
 
+# Word, token type and position added, then LayerNorm and dropout.
+EMBEDDINGS = {"transformers.models.bert.modeling_bert.BertEmbeddings"}
+
 LAYOUT = PostNorm(
     layers="layer",
     head_size="attention.self.attention_head_size",

@@ -39,7 +39,7 @@ def convert(
     rules = lk.Recipe.from_toml(recipe)
     dense, tokenizer = lk.load(path), load_tokenizer(path)
     with progress_bar() as progress:
-        lean = lk.convert(dense, rules, progress=progress)
+        lean = lk.convert(dense, rules, tokenizer=tokenizer, progress=progress)
         save(lean, out, tokenizer=tokenizer, overwrite=force)
     _print_report(lean.lean_report())
     typer.echo(f"saved {out}" + ("" if tokenizer else " (the model has no tokenizer)"))

@@ -32,24 +32,25 @@ loads it too. Without the import they {without}.
 
 {table}
 
-Pruning, dropping tokens and leaving early change what a model computes; it needs training for them
-to keep its accuracy. Running without padding changes nothing.
+Pruning, compressing embeddings, dropping tokens and leaving early change what a model computes; it
+needs training for them to keep its accuracy. Running without padding changes nothing.
 
 Format version {version} of `quant_method: lean`.
 """
 
 
-def model_card(title: str, architecture: str, report: LeanReport) -> str:
+def model_card(title: str, architecture: str, report: LeanReport, version: int) -> str:
     """Markdown: how to load the model, and which of its layers are lean."""
     header, *rows = (" | ".join(cells) for cells in report.rows())
     rule = " | ".join("---" for _ in report.rows()[0])
     sparse = report.replaced > 0
+    stops = sparse or report.embeddings
     return _CARD.format(
         title=title,
         tags="\n- block-sparse" if sparse else "",
-        without="stop with a size mismatch" if sparse else "load the dense model",
+        without="stop with a size mismatch" if stops else "load the dense model",
         architecture=architecture,
         summary=report.summary().replace("->", "to"),
         table="\n".join(f"| {line} |" for line in (header, rule, *rows)),
-        version=2 if report.encoders else 1,
+        version=version,
     )

@@ -29,14 +29,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lean_kernels import __version__
+from lean_kernels import __version__, embeddings
 from lean_kernels._files import atomic_directory
 from lean_kernels.convert import store_description, to_dense
 from lean_kernels.integrations.model_card import model_card
+from lean_kernels.nn import BlockSparseLinear
 from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.report import LeanReport, attached
-from lean_kernels.spec import FORMAT_VERSION, check, rebuild
+from lean_kernels.spec import FLOATS, FORMAT_VERSION, check, rebuild, tensors_of, version_of
 
+_WORDS = {("I32",): "int32", ("I8",): "int8", FLOATS: "a floating point tensor"}
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -66,6 +68,10 @@ class LeanConfig(QuantizationConfigMixin):
         if encoders is not None and format_version < 2:
             raise ValueError("lean model: encoders came with format version 2, not with 1")
         check(modules, encoders)
+        if version_of(modules, encoders) > format_version:
+            raise ValueError(
+                f"lean model: embeddings came with format version 3, not with {format_version}"
+            )
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = modules
@@ -75,8 +81,7 @@ class LeanConfig(QuantizationConfigMixin):
 
 @register_quantizer("lean")
 class LeanQuantizer(HfQuantizer):
-    """Puts lean encoders and block-sparse layers into the empty model, and checks what was loaded
-    into them."""
+    """Puts lean encoders and layers into the empty model, and checks what was loaded into them."""
 
     requires_calibration = True  # weights become lean in `convert`, never while loading
     is_trainable = True
@@ -104,6 +109,11 @@ class LeanQuantizer(HfQuantizer):
         self._check_loaded(model)
         for name in self._built:
             layer = model.get_submodule(name)
+            if not isinstance(layer, BlockSparseLinear):
+                check = getattr(embeddings.table_of(layer), "validate", None)
+                if check is not None:
+                    check(name)
+                continue
             layer.validate(name)
             weight = bsr.blocks_empty(
                 layer.nnz, layer.block_shape, dtype=layer.weight.dtype, device=layer.weight.device
@@ -111,6 +121,7 @@ class LeanQuantizer(HfQuantizer):
             # Files are row-major, kernels read the order of blocks_empty.
             weight.copy_(layer.weight.detach())
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        embeddings.fuse_blocks(model)  # not before: transformers fills buffers by class
         del self._built, self._expected, self._same_class
         model.lean_report = partial(attached, LeanReport.of(model))
         model.is_quantized = False  # parameters are plain floats: .half(), .float(), training work
@@ -121,7 +132,7 @@ class LeanQuantizer(HfQuantizer):
         kept_in_fp32 = model._get_dtype_plan(model.config.dtype)
         for name, tensor in model.state_dict(keep_vars=True).items():
             shape, dtype = self._expected[name]
-            lean = name.rpartition(".")[0] in self._built
+            lean = any(name.startswith(f"{built}.") for built in self._built)
             if tensor.is_meta:
                 problems.append(f"{name} is offloaded to disk, which lean models do not support")
             elif tensor.shape != shape:
@@ -194,29 +205,32 @@ def save(
     directory = Path(directory)
     report = model.lean_report() if hasattr(model, "lean_report") else LeanReport.of(model)
     with atomic_directory(directory, "config.json", overwrite) as scratch:
-        store_description(model)
+        version = store_description(model)["format_version"]
         model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        card = model_card(directory.resolve().name, type(model).__name__, report)
+        card = model_card(directory.resolve().name, type(model).__name__, report, version)
         (scratch / "README.md").write_text(card, encoding="utf-8")
 
 
 def _check_file(file: str, modules: dict) -> None:
-    """Only safetensors, no tensor beyond those a block-sparse layer has, and no cast indices."""
+    """Only safetensors, no tensor beyond those a lean layer has, and no cast indices."""
     if not str(file).endswith(".safetensors"):
         raise ValueError(f"lean model: {file}: only safetensors are read, never pickled weights")
     problems = []
+    known = {name: tensors_of(entry) for name, entry in modules.items()}
     with safe_open(file, framework="pt") as content:
         for key in content.keys():  # noqa: SIM118 (no dict: it has no other iterator)
-            owner, _, leaf = key.rpartition(".")
-            if (entry := modules.get(owner)) is None:
+            owner = key
+            while owner and owner not in known:
+                owner = owner.rpartition(".")[0]
+            if not owner:
                 continue
-            if leaf in ("crow_indices", "col_indices"):
-                if (dtype := content.get_slice(key).get_dtype()) != "I32":
-                    problems.append(f"{key} must be int32, got {dtype}")
-            elif leaf != "weight" and (leaf != "bias" or not entry["bias"]):
+            dtypes = known[owner].get(key.removeprefix(f"{owner}."))
+            if dtypes is None:
                 problems.append(f"{key} is no tensor of the layer described")
+            elif (dtype := content.get_slice(key).get_dtype()) not in dtypes:
+                problems.append(f"{key} must be {_WORDS.get(dtypes, dtypes)}, got {dtype}")
     if problems:
         raise ValueError(_listed(str(file), problems))
 

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random models of each family, dense and lean, and what makes two of them the same."""
 
+import json
+import subprocess
+import sys
+
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lean_kernels as lk
@@ -98,3 +103,28 @@ def assert_same(first, second):
         assert one.extra_repr() == other.extra_repr()
         assert one.weight.stride() == other.weight.stride() and one.weight.stride(1) == 1
     assert torch.equal(run(first), run(second))
+
+
+def edit_config(directory, edit):
+    """Change the description of a saved model in place."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    edit(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(directory, edit):
+    """Change the tensors of a saved model in place."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_elsewhere(imports, directory):
+    """Load a saved BERT in another process that imports this first."""
+    script = (
+        f"{imports}\nmodel = AutoModel.from_pretrained({str(directory)!r})\n"
+        "print(type(model.encoder.layer[0].output.dense).__name__)\n"
+    )
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

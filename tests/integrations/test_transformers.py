@@ -21,6 +21,7 @@ from hf_models import (  # noqa: E402
     dense,
     lean,
     lean_layers,
+    load_elsewhere,
     run,
 )
 
@@ -203,23 +204,15 @@ _IMPORTS = {
 }
 
 
-def _subprocess(imports, directory):
-    script = (
-        f"{imports}\nmodel = AutoModel.from_pretrained({str(directory)!r})\n"
-        "print(type(model.encoder.layer[0].output.dense).__name__)\n"
-    )
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("imports", _IMPORTS.values(), ids=_IMPORTS)
 def test_every_order_of_imports(saved, imports):
-    done = _subprocess(imports, saved)
+    done = load_elsewhere(imports, saved)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["BlockSparseLinear"]
 
 
 def test_without_the_import_loading_stops(saved):
-    done = _subprocess("from transformers import AutoModel", saved)
+    done = load_elsewhere("from transformers import AutoModel", saved)
     assert done.returncode != 0 and "BlockSparseLinear" not in done.stdout
     assert "RuntimeError" in done.stderr and "ignore_mismatched_sizes" in done.stderr
     assert "Unknown quantization type, got lean" in done.stderr

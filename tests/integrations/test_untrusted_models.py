@@ -1,30 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A saved model may come from anyone: what does not fit its description must not load."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 
+from hf_models import edit_config, edit_tensors  # noqa: E402
+
 import lean_kernels as lk  # noqa: E402
-
-
-def edit_config(directory, edit):
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    edit(config["quantization_config"])
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(directory, edit):
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
 
 LAYER = "encoder.layer.0.intermediate.dense"
 
@@ -32,7 +17,7 @@ LAYER = "encoder.layer.0.intermediate.dense"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format_version=3), "format version 3; lean_kernels .* reads up to 2"),
+        (lambda c: c.update(format_version=4), "format version 4; lean_kernels .* reads up to 3"),
         (lambda c: c.update(format_version="1"), "format_version must be 1 or up, got '1'"),
         (lambda c: c.pop("format_version"), "format_version must be 1 or up, got None"),
         (lambda c: c.update(scheme=3), "unknown keys in quantization_config: scheme"),
