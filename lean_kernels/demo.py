@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trade-off on a real encoder: how fast, how small and how faithful it is, as weights or tokens
-are dropped.
+are dropped or its vocabulary is compressed.
 
 Weights are pruned by block magnitude, tokens dropped by a measured profile, and nothing is trained
 afterwards: low densities and high speeds show the price of dropping alone.
@@ -22,9 +22,11 @@ import torch
 from torch import nn
 
 import lean_kernels as lk
+from lean_kernels import demo_vocabulary
 from lean_kernels._files import atomic_directory
 from lean_kernels.architectures import find_encoders
 from lean_kernels.compress.tokens import measure_profile
+from lean_kernels.demo_vocabulary import VocabularyRow
 from lean_kernels.evaluation import embed, fidelity, load_tokenizer, make_batches
 from lean_kernels.nn.token_profile import rescale
 
@@ -69,6 +71,7 @@ class Result:
     profile: list[float] | None  # of tokens, at speed 1; None: no encoder that can drop any
     largest_reload_difference: float  # of embeddings, converted in memory against reloaded
     rows: list[Row]
+    vocabulary: list[VocabularyRow]  # the dense table first; empty where none was asked for
 
 
 def _linears(model: nn.Module) -> list[str]:
@@ -162,6 +165,7 @@ def run(
     *,
     densities: Sequence[float],
     speeds: Sequence[float] = (),
+    compressions: Sequence[float] = (),
     block_shape: tuple[int, int] = (32, 32),
     batch_size: int = 32,
     rounds: int = 7,
@@ -183,6 +187,8 @@ def run(
         speeds: of the token profile measured on the texts; 0 packs and drops nothing. Passed over
             where the model has no encoder that LeanEncoder knows.
         rounds: timed passes over all texts; after BUDGET_SECONDS only MIN_ROUNDS are waited for.
+        compressions: of the vocabulary, in bytes; each is compared for three kinds. None of these
+            models is saved.
         overwrite: replace an earlier output in `out`.
         title: what to call the model in the results; default its name.
         progress: called as progress(done, total, name) before each step and once at the end.
@@ -191,7 +197,8 @@ def run(
 
     from lean_kernels.integrations.transformers import save
 
-    total, done = len(densities) + len(speeds) + rounds + 4, itertools.count()
+    total = len(densities) + len(speeds) + demo_vocabulary.steps(compressions) + rounds + 4
+    done = itertools.count()
 
     def step(name: str) -> None:
         progress(next(done), total, name)
@@ -250,6 +257,18 @@ def run(
                     path=None if variant is None else str(Path(out) / variant.directory),
                 )
             )
+        vocabulary = []
+        if compressions:
+            vocabulary = demo_vocabulary.compare(
+                dense,
+                tokenizer,
+                batches,
+                embeddings[0],
+                scratch,
+                compressions=compressions,
+                rounds=rounds,
+                step=step,
+            )
         result = Result(
             model=title or str(model_name),
             texts=len(texts),
@@ -262,6 +281,7 @@ def run(
             profile=profile,
             largest_reload_difference=max(differences),
             rows=rows,
+            vocabulary=vocabulary,
         )
         (scratch / RESULTS).write_text(json.dumps(asdict(result), indent=2) + "\n")
         step("plot")

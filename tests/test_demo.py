@@ -60,6 +60,48 @@ def test_rows_tell_the_trade_off(model, tmp_path):
     assert isinstance(lk.load(quarter.path).encoder.layer[1].output.dense, lk.nn.BlockSparseLinear)
 
 
+def test_the_vocabulary_is_compared(model, tmp_path):
+    pytest.importorskip("morfessor")
+    steps = []
+    result = run(
+        model,
+        tmp_path / "out",
+        densities=(0.5,),
+        speeds=(),
+        compressions=(2, 4),
+        progress=lambda *step: steps.append(step),
+    )
+    assert [done for done, _, _ in steps] == list(range(steps[0][1] + 1))
+    dense, *compressed = result.vocabulary
+    assert dense.what == "dense" and dense.compression == 1 and dense.cosine == pytest.approx(1)
+    assert dense.table_bytes == 4 * 16 * 64
+    kinds = ("SVD", "autoencoder", "MorphTE")
+    assert [row.what for row in compressed] == [f"{kind} {x}x" for x in (2, 4) for kind in kinds]
+    assert all(row.milliseconds > 0 and row.cosine < 1 for row in compressed)
+    svd = [row for row in compressed if row.what.startswith("SVD")]
+    assert [row.rank for row in svd] == [6, 3] and svd[0].cosine > svd[1].cosine
+    assert all(row.compression >= asked for row, asked in zip(svd, (2, 4), strict=True))
+    saved = json.loads((tmp_path / "out" / demo.RESULTS).read_text())
+    assert saved["vocabulary"][1]["rank"] == 6
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {
+        "density-0.5",
+        demo.RESULTS,
+        demo.PLOT,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "compression", "rank"), [(30522, 384, 2, 189), (30522, 384, 10, 37)]
+)
+def test_ranks_by_bytes(rows, columns, compression, rank):
+    from lean_kernels.demo_vocabulary import rank_for
+
+    assert rank_for("low_rank", rows, columns, compression) == rank
+    morphte = rank_for("morphte", rows, columns, compression, num_morphemes=8000)
+    stored = 8000 * 8 * morphte + 3 * rows + 2 * columns
+    assert stored <= rows * columns / compression < stored + 8000 * 8
+
+
 def test_nothing_is_left_behind_by_a_failure(model, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk full")
@@ -92,11 +134,12 @@ def test_command(model, tmp_path):
     texts.write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
     out = tmp_path / "out"
     arguments = ["demo", "--model", model, "--texts", texts, "--out", out, "--rounds", 1]
-    arguments = [*map(str, arguments), "--densities", "0.5,0.25"]
+    arguments = [*map(str, arguments), "--densities", "0.5,0.25", "--compressions", "2"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     printed = result.stdout.replace("\n", " ")
     assert "5 texts" in printed and "needs training" in printed
+    assert "autoencoder 2x" in printed
     for name in (demo.PLOT, demo.RESULTS, "density-0.5", "density-0.25"):
         assert str(out / name) in result.stdout
         assert (out / name).exists()
@@ -114,7 +157,9 @@ def test_command_without_matplotlib(model, tmp_path, monkeypatch):
         monkeypatch.setattr(f"{module}.find_spec", hide)
     out = tmp_path / "out"
     arguments = ["demo", "--model", str(model), "--out", str(out)]
-    result = CliRunner().invoke(app, [*arguments, "--rounds", "1", "--densities", "0.25"])
+    result = CliRunner().invoke(
+        app, [*arguments, "--rounds", "1", "--densities", "0.25", "--compressions", ""]
+    )
     assert result.exit_code == 0, result.stderr
     assert "pip install matplotlib" in result.stdout
     assert not (out / demo.PLOT).exists()

@@ -40,6 +40,9 @@ def demo(
     speeds: Annotated[
         str, typer.Option(help="Of token dropping, 0 packs only; none with an empty string.")
     ] = "0,1,2,3,4",
+    compressions: Annotated[
+        str, typer.Option(help="Of the vocabulary; none with an empty string.")
+    ] = "2,4,10,20",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes, if time allows.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -55,6 +58,9 @@ def demo(
     check_replaceable(out, comparison.RESULTS, force)
     kept = _numbers("--densities", densities, lambda x: 0 < x <= 1, "in (0, 1]")
     chosen = _numbers("--speeds", speeds, lambda x: 0 <= x < 100, "from 0 to 100") if speeds else ()
+    smaller = ()
+    if compressions:
+        smaller = _numbers("--compressions", compressions, lambda x: 1 < x <= 1000, "above 1")
     path = model_path(model)
     lines = read_texts(texts)
     require_transformers()
@@ -68,6 +74,7 @@ def demo(
             out,
             densities=kept,
             speeds=chosen,
+            compressions=smaller,
             batch_size=batch_size,
             rounds=rounds,
             device=device,
@@ -128,7 +135,37 @@ def _print_comparison(result) -> None:
             "packed: no padding, every token stays, exact to rounding. speed: tokens dropped layer "
             "by layer by a profile measured on these texts; tokens kept: mean over the layers."
         )
+    if result.vocabulary:
+        _print_vocabulary(result)
     typer.echo(
         "Nothing here was trained after dropping weights or tokens: accuracy at low density or "
         "high speed needs training with them dropped, which is what the papers do."
+    )
+
+
+def _print_vocabulary(result) -> None:
+    from rich.table import Table
+
+    from lean_kernels.demo_vocabulary import EPOCHS
+
+    table = Table("vocabulary", "rank", "MB", "smaller", "lookup ms", "cosine", "Spearman", "fit s")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in result.vocabulary:
+        table.add_row(
+            row.what,
+            "-" if row.rank is None else str(row.rank),
+            f"{row.table_bytes / 1e6:.2f}",
+            f"{row.compression:.1f}x",
+            f"{row.milliseconds:.2f}",
+            f"{row.cosine:.4f}",
+            f"{row.spearman:.4f}",
+            f"{row.fit_seconds:.1f}",
+        )
+    console().print(table)
+    typer.echo(
+        f"Vocabulary: the tables alone were fitted, for {EPOCHS['autoencoder']} epochs "
+        f"(autoencoder) and {EPOCHS['morphte']} (MorphTE), which is few; MorphTE is made to be "
+        "trained with the model. lookup: all texts through the embedding. A fit that knows how "
+        "often tokens occur (`texts` in a recipe) keeps far more."
     )
