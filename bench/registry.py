@@ -23,6 +23,16 @@ CASES = (
     "token_dropping",
 )
 
+# Run one after another under one name.
+GROUPS = {
+    "embeddings": (
+        "low_rank_embedding",
+        "tensor_product_embedding",
+        "tensor_train_embedding",
+        "ngram_embedding_bag",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Competitor:
@@ -97,7 +107,8 @@ class Case:
 def load(name: str) -> Case:
     """The case of that name; ValueError lists the known ones."""
     if name not in CASES:
-        raise ValueError(f"unknown benchmark case {name!r}; expected one of {', '.join(CASES)}")
+        known = ", ".join((*CASES, *GROUPS))
+        raise ValueError(f"unknown benchmark case {name!r}; expected one of {known}")
     return importlib.import_module(f"bench.{name}").CASE
 
 

@@ -37,7 +37,7 @@ def main(
     """Check and time a case, print its tables, write what is asked for.
 
     Args:
-        case: one of `bench.registry.CASES`.
+        case: one of `bench.registry.CASES`, or of its GROUPS, which runs each of them.
         suite: a list of configurations of the case; "numbers" evaluates the promised numbers.
             Default "full", with `quick` "quick".
         impl: time this implementation of the op instead of the layer.
@@ -51,8 +51,20 @@ def main(
 
     Returns:
         0; 1 if a result was wrong (that configuration is not timed); 3 if suite "numbers" found a
-        promised number missed. ValueError for a name, filter or device that does not exist.
+        promised number missed. ValueError for a name, filter or device that does not exist, or a
+        file to write for a group.
     """
+    if case in registry.GROUPS:
+        if any((json_out, markdown_out, plot_out, break_even_out)):
+            raise ValueError(
+                f"{case} is {', '.join(registry.GROUPS[case])}: name one of these to write a file, "
+                "or save all"
+            )
+        options = {"suite": suite, "quick": quick, "impl": impl, "device": device}
+        options |= {"threads": threads, "budget": budget, "only": only}
+        options |= {"save": save, "console": console}
+        codes = [main(name, **options) for name in registry.GROUPS[case]]
+        return WRONG if WRONG in codes else max(codes)
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, 180)  # tables in a log or a pipe need not fold

@@ -12,7 +12,7 @@ from lean_kernels.cli.common import Debug
 
 def bench(
     case: Annotated[
-        str, typer.Argument(help="block_sparse_linear, bert_encoder, token_dropping, ...")
+        str, typer.Argument(help="block_sparse_linear, embeddings, token_dropping, ...")
     ],
     suite: Annotated[str | None, typer.Option(help="quick, full, numbers, ...")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The same as --suite quick.")] = False,

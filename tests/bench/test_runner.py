@@ -72,6 +72,28 @@ def test_wrong_competitor_is_never_timed(monkeypatch, tmp_path):
     assert "dense" in record["refused"] and "competitors" not in record
 
 
+def test_a_group_runs_each_of_its_cases(monkeypatch, tmp_path):
+    monkeypatch.setitem(registry.GROUPS, "both", ("first", "second"))
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        return _case(TINY)
+
+    monkeypatch.setattr(registry, "load", load)
+
+    def outcome(*args):
+        missed = {"pass": asked[-1] == "first"}
+        return {"settings": {}, "records": [], "requirements": [missed]}
+
+    monkeypatch.setattr(run, "_run", outcome)
+    monkeypatch.setattr(run.report, "show", lambda *args: None)
+    assert run.main("both", quick=True, console=_quiet()) == run.MISSED
+    assert asked == ["first", "second"]
+    with pytest.raises(ValueError, match="both is first, second: name one of these"):
+        run.main("both", json_out=tmp_path / "out.json", console=_quiet())
+
+
 def test_relative_error_knows_scale_shape_and_nan():
     expected = torch.full((3,), 100.0)
     assert runner.relative_error(expected * 1.01, expected) == pytest.approx(0.01, rel=1e-3)
