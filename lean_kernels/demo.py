@@ -27,7 +27,13 @@ from lean_kernels._files import atomic_directory
 from lean_kernels.architectures import find_encoders
 from lean_kernels.compress.tokens import measure_profile
 from lean_kernels.demo_vocabulary import VocabularyRow
-from lean_kernels.evaluation import embed, fidelity, load_tokenizer, make_batches
+from lean_kernels.evaluation import (
+    embed,
+    fidelity,
+    load_tokenizer,
+    longest_text,
+    make_batches,
+)
 from lean_kernels.nn.token_profile import rescale
 
 MIN_ROUNDS, BUDGET_SECONDS = 3, 90.0  # a slow machine stops timing early
@@ -209,9 +215,8 @@ def run(
         if tokenizer is None:
             raise ValueError(f"{model_name} has no tokenizer, so no text can be embedded")
         dense = AutoModel.from_pretrained(model_name, dtype=torch.float32).eval()
-        positions = getattr(dense.config, "max_position_embeddings", None) or 512
-        max_length = min(tokenizer.model_max_length, positions)
-        batches = make_batches(tokenizer, texts, batch_size, max_length, device)
+        longest = longest_text(tokenizer, dense)
+        batches = make_batches(tokenizer, texts, batch_size, longest, device)
         models, sizes, differences = [dense], [_saved_bytes(dense)], [0.0]
         dense.to(device)
         step("measure which tokens matter")

@@ -47,6 +47,17 @@ def load_tokenizer(model_name: str | Path):
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def longest_text(tokenizer, model: nn.Module) -> int:
+    """The most tokens a text may have for both."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    for name, table in model.named_modules():
+        # RoBERTa and kin count positions from behind the padding's.
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(table, nn.Embedding):
+            before = 0 if table.padding_idx is None else table.padding_idx + 1
+            positions = table.num_embeddings - before
+    return min(tokenizer.model_max_length, positions)
+
+
 def make_batches(tokenizer, texts: Sequence[str], batch_size: int, max_length: int, device) -> list:
     """Tokenised batches of similar length, each with the positions of its texts."""
     if tokenizer.pad_token is None:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-pytest.importorskip("transformers")
-from tiny_bert import save_tiny_bert
+transformers = pytest.importorskip("transformers")
+from tiny_bert import save_tiny_bert  # noqa: E402
 
-import lean_kernels as lk
-from lean_kernels.cli import app
+import lean_kernels as lk  # noqa: E402
+from lean_kernels.cli import app  # noqa: E402
 
 TEXTS = ["the dog sleeps .", "the cat sleeps on a house", "rain falls", "a dog runs", "the cat"]
 
@@ -74,6 +74,27 @@ def test_speed_and_target(model, texts, tmp_path):
     assert float(found[1]) == pytest.approx(2.5, abs=0.3)  # whole tokens, of very short texts
     assert lk.Recipe.from_toml(out).tokens.profile == tokens.profile
     assert "not both" in fails(*common, "--speed", 2, "--target-speedup", 2)
+
+
+def test_a_classifier_and_texts_as_long_as_its_positions(model, tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=16,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=14,  # of which 2 come before the first token's
+        pad_token_id=1,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.model_max_length = 10**30  # as transformers has it where nothing was saved
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    classifier = transformers.RobertaForSequenceClassification(config)
+    classifier.save_pretrained(tmp_path / "roberta")
+    texts, out = tmp_path / "texts.txt", tmp_path / "recipe.toml"
+    texts.write_text("\n".join(["the dog sleeps . " * 10] * 3))
+    succeed(tmp_path / "roberta", "--texts", texts, "--out", out, "--rounds", 1)
+    assert len(lk.Recipe.from_toml(out).tokens.profile) == 2
 
 
 def test_other_rules_stay(model, texts, tmp_path):

@@ -75,7 +75,7 @@ def profile(
     dense, tokenizer = lk.load(where), evaluation.load_tokenizer(where)
     if tokenizer is None:
         raise ValueError(f"{where} has no tokenizer, so no text can be measured")
-    longest = min(tokenizer.model_max_length, dense.config.max_position_embeddings)
+    longest = evaluation.longest_text(tokenizer, dense)
     dense = dense.float().eval().to(device)
     lines = evaluation.read_texts(texts)
     batches = [i for _, i in evaluation.make_batches(tokenizer, lines, batch_size, longest, device)]
@@ -158,7 +158,7 @@ def _speeds(dense, rule, batches, lengths, padded, rounds: int, step) -> list[tu
             times = [time.perf_counter()]
             for model in models:
                 for inputs in batches:
-                    model(**inputs).last_hidden_state.sum().item()  # waits for a GPU
+                    model(**inputs)[0].sum().item()  # waits for a GPU
                 times.append(time.perf_counter())
             seconds.append(np.diff(times))
     medians = (1e3 * np.median(seconds, axis=0)).tolist()
