@@ -181,6 +181,14 @@ def test_force_does_not_replace_other_directories(model, recipe, tmp_path):
     assert precious.read_text() == "years of work"
 
 
+def test_the_model_itself_is_never_replaced(model, recipe):
+    before = (model / "model.safetensors").read_bytes()
+    (model.parent / "config.json").touch()  # as beside the checkpoints of a training run
+    for out in (model / ".", model.parent):
+        assert "holds the model itself" in fails(*convert(model, recipe, out, "--force"))
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def test_convert_errors(model, recipe, tmp_path):
     out = tmp_path / "lean"
     assert "nothing.toml" in fails(*convert(model, tmp_path / "nothing.toml", out))

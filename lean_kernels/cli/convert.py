@@ -30,6 +30,8 @@ def convert(
     if not recipe.exists():
         raise FileNotFoundError(f"recipe {recipe} does not exist")
     path = model_path(model)
+    if out.exists() and Path(path).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out} holds the model itself, which would be lost; choose another")
     require_transformers()
 
     import lean_kernels as lk
