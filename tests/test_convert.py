@@ -133,6 +133,28 @@ def test_torch_prune_masks_are_seen(model):
     torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["prune", "weight_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_are_computed_before_each_call_are_up_to_date(model, way):
+    linear = model.layers[0].up
+    if way == "prune":
+        prune.random_unstructured(linear, "weight", 0.5)
+    else:
+        nn.utils.weight_norm(linear)
+    state = {name: 2 * tensor for name, tensor in model.state_dict().items() if "up" in name}
+    model.load_state_dict(state, strict=False)  # computes nothing
+    convert(model, {"linear": {"layers.0.up": {}}})
+    found = model.layers[0].up
+    assert found.weight.requires_grad
+    if way == "prune":  # the mask has been doubled too
+        expected = state["layers.0.up.weight_orig"] * state["layers.0.up.weight_mask"]
+        torch.testing.assert_close(found.to_linear().weight.detach(), expected)
+    else:
+        direction, size = state["layers.0.up.weight_v"], state["layers.0.up.weight_g"]
+        expected = direction * size / direction.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(found.to_linear().weight.detach(), expected)
+
+
 def test_dense_layers_are_left_dense_and_reported(model):
     original = model.layers[0].up
     recipe = {"linear": {"layers.0.up": {"density": 0.5, "dense_above": 0.4}}}

@@ -2,6 +2,7 @@
 """A drop-in for nn.Linear that stores and multiplies only the kept blocks of its weight."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from lean_kernels.ops.block_sparse_linear import bsr, int8, op
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """The [out_features, in_features] weight of an nn.Linear or a Hugging Face Conv1D."""
+    if isinstance(linear, nn.Module):
+        _compute_weight(linear)
     weight = getattr(linear, "weight", None)
     if isinstance(linear, nn.Linear):
         return weight
@@ -21,6 +24,14 @@ def dense_weight(linear: nn.Module) -> Tensor:
         f"BlockSparseLinear replaces nn.Linear (or transformers' Conv1D), got "
         f"{type(linear).__name__}"
     )
+
+
+def _compute_weight(linear: nn.Module) -> None:
+    """Bring up to date a weight that is computed before each call; load_state_dict leaves it be."""
+    for hook in linear._forward_pre_hooks.values():
+        if type(hook).__module__ in ("torch.nn.utils.prune", "torch.nn.utils.weight_norm"):
+            with torch.enable_grad():
+                hook(linear, ())
 
 
 def magnitude_mask(weight: Tensor, block_shape: tuple[int, int], density: float) -> Tensor:
@@ -137,6 +148,11 @@ class BlockSparseLinear(nn.Module):
         block_shape = _block_shape(block_shape)
         if density is not None and mask is not None:
             raise ValueError("BlockSparseLinear.from_linear: give density or mask, not both")
+        if weight.dtype not in op.DTYPES or weight.is_meta:
+            raise ValueError(
+                f"BlockSparseLinear.from_linear: the weight must have data and be one of "
+                f"{', '.join(map(str, op.DTYPES))}, got {weight.dtype} on {weight.device}"
+            )
         if weight.numel() == 0:
             raise ValueError(
                 f"BlockSparseLinear.from_linear: the weight is empty, got {tuple(weight.shape)}"
@@ -151,7 +167,7 @@ class BlockSparseLinear(nn.Module):
         elif mask is None:
             block_mask = nonzero_mask(weight, block_shape)
         else:
-            mask = mask.to(weight.device, torch.bool)
+            mask = torch.as_tensor(mask).to(weight.device, torch.bool)
             if mask.shape == blocks_shape:
                 block_mask = mask
             elif mask.shape == weight.shape:
@@ -324,7 +340,7 @@ def _is_int8(weight_dtype: str | None) -> bool:
 
 
 def _block_shape(block_shape) -> tuple[int, int]:
-    shape = tuple(block_shape)
+    shape = tuple(block_shape) if isinstance(block_shape, Sequence) else ()
     if len(shape) != 2 or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(
             f"BlockSparseLinear: block_shape must be two positive ints, got {block_shape!r}"

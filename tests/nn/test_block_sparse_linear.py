@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,14 @@ def test_a_mask_of_weights(block):
     assert torch.equal(layer.block_mask, bsr.block_view(mask, block).flatten(2).any(2))
 
 
+def test_a_mask_of_another_kind():
+    linear, mask = nn.Linear(64, 64), [[1, 0], [0, 1]]
+    expected = BlockSparseLinear.from_linear(linear, mask=torch.tensor(mask))
+    for form in (mask, np.array(mask)):
+        found = BlockSparseLinear.from_linear(linear, mask=form)
+        assert torch.equal(found.block_mask, expected.block_mask)
+
+
 def test_the_dense_layer_stays_as_it_is():
     linear = nn.Linear(90, 70)
     before = copy.deepcopy(linear)
@@ -141,6 +150,9 @@ def test_flags_carry_over():
         ({"block_shape": (0, 32)}, ValueError, "block_shape must be two positive ints"),
         ({"block_shape": (32,)}, ValueError, "block_shape must be two positive ints"),
         ({"block_shape": (32.0, 32)}, ValueError, "block_shape must be two positive ints"),
+        ({"block_shape": 32}, ValueError, "block_shape must be two positive ints"),
+        ({"linear": nn.Linear(4, 4, device="meta")}, ValueError, "must have data .* on meta"),
+        ({"linear": nn.Linear(4, 4, dtype=torch.complex64)}, ValueError, "got torch.complex64"),
         ({"activation": "tanh"}, ValueError, "unknown activation 'tanh'; expected one of"),
         ({"linear": nn.Conv2d(3, 3, 3)}, TypeError, "replaces nn.Linear .*, got Conv2d"),
         ({"linear": nn.Bilinear(3, 3, 3)}, TypeError, "got Bilinear"),
