@@ -72,6 +72,7 @@ def _is_bare(layer: nn.Module) -> bool:
     return (
         type(layer) is BlockSparseLinear
         and layer.activation is None
+        and layer.weight_scales is None
         and not (layer._forward_hooks or layer._forward_pre_hooks)
     )
 

@@ -87,12 +87,13 @@ def test_what_is_left_alone():
     moved[0].weight.data.share_memory_()
     odd = linears((32, 30, 32))
     mixed = [*linears(bias=False)[:1], *linears()[1:]]
+    int8 = [linears()[0].to_int8(), *linears()[1:]]
     empty = linears()
     empty[1] = BlockSparseLinear.from_linear(
         nn.Linear(48, 32), mask=torch.zeros(2, 3), block_shape=(16, 16)
     )
     with torch.no_grad():
-        for layers in (activated, hooked, dense, moved, odd, mixed, empty):
+        for layers in (activated, hooked, dense, moved, odd, mixed, int8, empty):
             before = [layer.weight.data_ptr() for layer in layers]
             assert fuse(layers, x) is None
             assert before == [layer.weight.data_ptr() for layer in layers]
