@@ -112,7 +112,8 @@ class TokenRule:
             raise ValueError(
                 f"packed must be true, got {self.packed!r}; leave [tokens] out to keep the padding"
             )
-        ways = [name for name in ("profile", "threshold", "counts") if getattr(self, name)]
+        ways = ("profile", "threshold", "counts")
+        ways = [name for name in ways if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"give one of profile, threshold and counts, got {listed(ways)}")
         if self.profile is not None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 
 from lean_kernels.embedding_rule import EmbeddingRule
@@ -105,6 +106,7 @@ def test_defaults():
         ({"tokens": {"profil": [1.0]}}, r"unknown key 'profil'.*did you mean profile\?"),
         ({"tokens": {"packed": False}}, r"\[tokens\] packed must be true, got False; leave"),
         ({"tokens": {"profile": []}}, "profile must be a list of numbers"),
+        ({"tokens": {"profile": np.ones(2)}}, "profile must be a list of numbers"),
         ({"tokens": {"profile": [0.5, 0.6]}}, "profile must not rise"),
         ({"tokens": {"profile": [0.0]}}, r"profile must hold numbers in \(0, 1\], got 0.0"),
         ({"tokens": {"profile": [1.0], "speed": -1}}, "speed must be finite and not negative"),
