@@ -287,12 +287,16 @@ def _is_hugging_face(model: nn.Module) -> bool:
     return hasattr(model, "save_pretrained") and hasattr(model, "config")
 
 
+def _quantized_by(model: nn.Module):
+    stored = getattr(model.config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    return getattr(method, "quant_method", method)
+
+
 def _check_quantization(model: nn.Module) -> None:
     if not _is_hugging_face(model):
         return
-    stored = getattr(model.config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
-    method = getattr(method, "quant_method", method)
+    method = _quantized_by(model)
     if method not in (None, "lean"):
         raise ValueError(
             f"convert: the model is quantized with {method!r}; convert it before quantizing, a "
@@ -301,13 +305,19 @@ def _check_quantization(model: nn.Module) -> None:
 
 
 def store_description(model: nn.Module) -> dict:
-    """Keep the description of a Hugging Face model where its save_pretrained will write it."""
+    """Keep the description of a Hugging Face model where its save_pretrained will write it; of each
+    one within a module of another kind."""
     embeddings.mark(model)
     description = describe(model)
     if not _is_hugging_face(model):
+        for child in model.children():
+            store_description(child)
         return description
+    method = _quantized_by(model)
+    if method not in (None, "lean"):
+        return description  # a part of the model that `convert` did not touch
     if description["modules"] or "encoders" in description:
         model.config.quantization_config = description
-    elif hasattr(model.config, "quantization_config"):
+    elif method == "lean":
         del model.config.quantization_config
     return description

@@ -171,6 +171,25 @@ def test_a_loaded_model_is_an_ordinary_one(saved):
     assert not lean_layers(model.dequantize())
 
 
+def test_a_model_within_a_module_saves_what_it_is(tmp_path):
+    class Embedder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.other = dense("bert"), dense("bert")
+            self.head = torch.nn.Linear(64, 8)
+
+    model = Embedder()
+    recipe = {"linear": {"encoder.*.intermediate.dense": {"block_shape": [16, 16]}}}
+    inner = lk.convert(model, recipe).encoder
+    inner.save_pretrained(tmp_path / "lean")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "lean").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(loaded(ids)[0], inner(ids)[0])
+    assert not hasattr(model.other.config, "quantization_config")
+    to_dense(model).encoder.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+
+
 def test_already_quantized_models_are_refused():
     model = dense()
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
