@@ -171,7 +171,9 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
         // The next tile's output lines: the panel below, or the first one of the next strip.
         const S* ahead =
             i + 1 < panels.count ? y + height * p.ldy : y + strip - (at - height) * p.ldy;
-        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(ahead + r * p.ldy, 1);
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t c = 0; c < strip; c += 64 / sizeof(S))
+            __builtin_prefetch(ahead + r * p.ldy + c, 1);
         if (direct) {
           run(e, panel, init, reinterpret_cast<A*>(y), p.ldy);
           continue;
@@ -179,7 +181,9 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
         const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.ldr + out
                                        : nullptr;
         if (residual)
-          for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
+          for (int64_t r = 0; r < height; ++r)
+            for (int64_t c = 0; c < strip; c += 64 / sizeof(S))
+              __builtin_prefetch(residual + r * p.ldr + c);
         run(e, panel, init, tile, strip);
         finish(p.activation, tile, strip, int(height), cols, residual, p.ldr, y, p.ldy);
       }
