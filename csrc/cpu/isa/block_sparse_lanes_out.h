@@ -2,18 +2,27 @@
 // Products with lanes along outputs: block_out is a multiple of the vector.
 #pragma once
 
-#include "block_sparse_parts.h"
+#include "bfloat16_pairs.h"
 
 namespace lean_kernels {
 namespace {
 
-// One group's entries, as the tiles read them.
-template <class A>
+// How tiles multiply: packed elements of type P hold kInputs inputs each.
+template <class A_>
+struct MultiplyAdd {
+  using A = A_;
+  using P = A_;
+  static constexpr int kInputs = 1;
+  static LK_INLINE Vec<A> add(Vec<A> sum, Vec<P> w, P x) { return sum + w * x; }
+};
+
+// One group's entries, as the tiles read them; block_in and inputs count elements of type P.
+template <class P>
 struct Entries {
   const int32_t* index;
   const int32_t* position;  // null: weights lie in entry order
   int64_t count;
-  const A* w;  // [entry][block_in][...], outputs contiguous
+  const P* w;  // [entry][block_in][...], outputs contiguous
   int64_t w_block, w_in;
   int64_t block_in, inputs;
   bool first_use;  // of these weights: they may be far away
@@ -25,12 +34,12 @@ constexpr int64_t kChainInputs = 1024;
 
 // out [R, V vectors] = init + sum over entries of x [R, block_in] w [block_in, V vectors].
 // x: panel [input block][R][block_in].
-template <class A, int R, int V, int kBlockIn>
-void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out, int64_t ldo) {
-  constexpr int W = kLanes<A>;
+template <class M, int R, int V, int kBlockIn, class A = typename M::A, class P = typename M::P>
+void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out, int64_t ldo) {
+  constexpr int W = kLanes<A>, kChain = kChainInputs / M::kInputs;
   const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
   const int64_t w_in = e.w_in;
-  const int64_t chain = kChainInputs > block_in ? kChainInputs / block_in : 1;
+  const int64_t chain = kChain > block_in ? kChain / block_in : 1;
   // Ask early for what no hardware prefetcher foresees: weights on the next pages (on their first
   // use), inputs of the next block or, at the end, of the next panel.
   int64_t i = 0;
@@ -43,27 +52,27 @@ void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out,
     const bool first = i == 0;
     const int64_t stop = min_of(i + chain, e.count);
     for (; i < stop; ++i) {
-      const A* xb = x + e.index[i] * (R * block_in);
-      const A* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
+      const P* xb = x + e.index[i] * (R * block_in);
+      const P* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
       if constexpr (kBlockIn != 1) {
-        const A* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
+        const P* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
                                         : x + R * e.inputs + e.index[0] * (R * block_in);
-        for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(A)) __builtin_prefetch(next + k);
+        for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(P)) __builtin_prefetch(next + k);
         if (e.first_use)
           for (int64_t k = 0; k < block_in; ++k)
             __builtin_prefetch(wb + 2 * e.w_block + k * e.w_in);
       }
 #pragma GCC unroll 8
       for (int64_t k = 0; k < block_in; ++k) {
-        const A* wk = wb + k * w_in;
-        Vec<A> w[V];
+        const P* wk = wb + k * w_in;
+        Vec<P> w[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) w[v] = load(wk + v * W);
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
-          A xs = xb[r * block_in + k];
+          P xs = xb[r * block_in + k];
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) acc[r][v] += w[v] * xs;
+          for (int v = 0; v < V; ++v) acc[r][v] = M::add(acc[r][v], w[v], xs);
         }
       }
     }
@@ -77,26 +86,27 @@ void tile_lanes_out(const Entries<A>& e, const A* x, const Vec<A>* init, A* out,
   } while (i < e.count);
 }
 
-template <class A>
-using TileLanesOut = void (*)(const Entries<A>&, const A*, const Vec<A>*, A*, int64_t);
+template <class M>
+using TileLanesOut = void (*)(const Entries<typename M::P>&, const typename M::P*,
+                              const Vec<typename M::A>*, typename M::A*, int64_t);
 
-template <class A, int V, int kBlockIn, int R>
-TileLanesOut<A> tile_of_height(int64_t rows) {
+template <class M, int V, int kBlockIn, int R>
+TileLanesOut<M> tile_of_height(int64_t rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    return rows == R ? tile_lanes_out<A, R, V, kBlockIn>
-                     : tile_of_height<A, V, kBlockIn, R - 1>(rows);
+    return rows == R ? tile_lanes_out<M, R, V, kBlockIn>
+                     : tile_of_height<M, V, kBlockIn, R - 1>(rows);
   }
 }
-template <class A, int V, int R>
-TileLanesOut<A> tile_for(int64_t rows, int64_t block_in) {
+template <class M, int V, int R>
+TileLanesOut<M> tile_for(int64_t rows, int64_t block_in) {
   switch (block_in) {
-    case 1: return tile_of_height<A, V, 1, R>(rows);
-    case 16: return tile_of_height<A, V, 16, R>(rows);
-    case 32: return tile_of_height<A, V, 32, R>(rows);
-    case 64: return tile_of_height<A, V, 64, R>(rows);
-    default: return tile_of_height<A, V, 0, R>(rows);
+    case 1: return tile_of_height<M, V, 1, R>(rows);
+    case 16: return tile_of_height<M, V, 16, R>(rows);
+    case 32: return tile_of_height<M, V, 32, R>(rows);
+    case 64: return tile_of_height<M, V, 64, R>(rows);
+    default: return tile_of_height<M, V, 0, R>(rows);
   }
 }
 
@@ -112,17 +122,19 @@ int64_t lanes_out_scratch(const Product& p, int64_t rows) {
   return rows * padded_inputs(p) + (packs_blocks<S>(p) ? weights : 0);
 }
 
-template <class S, int V, int kMaxRows>
+template <class S, class M, int V, int kMaxRows>
 void product_lanes_out(const Product& p, const Range& t, void* scratch) {
-  using A = typename Accumulator<S>::type;
+  using A = typename M::A;
+  using P = typename M::P;
   constexpr int W = kLanes<A>, kStrip = V * W;
   constexpr int kThin = 3;  // panels this thin take wider strips: more chains in flight
   const BlockMatrix& w = p.w;
-  const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
+  const int64_t block_in = w.block_in / M::kInputs, inputs = padded_inputs(p) / M::kInputs;
+  const int64_t rows = t.row_end - t.row_begin;
   const Panels panels(rows, kMaxRows);
   const bool packs = packs_blocks<S>(p);
-  A* xs = static_cast<A*>(scratch);
-  A* packed = xs + rows * inputs;
+  P* xs = static_cast<P*>(scratch);
+  P* packed = xs + rows * inputs;
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
   for (int64_t i = 0, at = 0; i < panels.count; ++i) {
     const int64_t height = panels.height + (i < panels.taller);
@@ -132,22 +144,22 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   const bool thin = rows <= kThin && w.block_out % (4 * W) == 0;
   const int64_t strip = thin ? 4 * W : kStrip;
   const auto tile_of = [&](int64_t height) {
-    return thin ? tile_for<A, 4, kThin>(height, w.block_in)
-                : tile_for<A, V, kMaxRows>(height, w.block_in);
+    return thin ? tile_for<M, 4, kThin>(height, block_in)
+                : tile_for<M, V, kMaxRows>(height, block_in);
   };
-  const TileLanesOut<A> run_taller = tile_of(panels.height + 1), run_rest = tile_of(panels.height);
+  const TileLanesOut<M> run_taller = tile_of(panels.height + 1), run_rest = tile_of(panels.height);
   A tile[kMaxRows * kStrip > kThin * 4 * W ? kMaxRows * kStrip : kThin * 4 * W];
 
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g], end = w.ptr[g + 1];
-    Entries<A> e{w.index + begin, nullptr, end - begin, packed, w.block_in * strip,
-                 strip, w.block_in, inputs, false};
+    Entries<P> e{w.index + begin, nullptr, end - begin, packed, block_in * strip,
+                 strip, block_in, inputs, false};
     const int64_t next_strip = packs ? e.count * e.w_block : strip;
     if (packs) {
       pack_blocks<S>(w, begin, end, strip, packed);
     } else {
       e.position = w.position ? w.position + begin : nullptr;
-      e.w = static_cast<const A*>(w.values) + (w.position ? 0 : begin * w.block_stride);
+      e.w = static_cast<const P*>(w.values) + (w.position ? 0 : begin * w.block_stride);
       e.w_block = w.block_stride;
       e.w_in = w.in_stride;
     }
@@ -163,8 +175,8 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
       for (int64_t i = 0, at = 0; i < panels.count; ++i) {
         const bool taller = i < panels.taller;
         const int64_t height = panels.height + taller, row = t.row_begin + at;
-        const TileLanesOut<A> run = taller ? run_taller : run_rest;
-        const A* panel = xs + at * inputs;
+        const TileLanesOut<M> run = taller ? run_taller : run_rest;
+        const P* panel = xs + at * inputs;
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
         e.first_use = i == 0 && !packs;
         at += height;

@@ -12,13 +12,24 @@
 namespace lean_kernels {
 namespace {
 
+template <class S, class M>
+void product_by_width(const Product& p, const Range& t, void* scratch) {
+  if (p.w.block_out % (2 * kLanes<typename M::A>) == 0)
+    return product_lanes_out<S, M, 2, kWideRows>(p, t, scratch);
+  product_lanes_out<S, M, 1, kNarrowRows>(p, t, scratch);
+}
+
 // The loop nest is chosen by block shape alone, so that it is the same for every batch.
 template <class S>
 void product(const Product& p, const Range& t, void* scratch) {
-  constexpr int W = kLanes<typename Accumulator<S>::type>;
-  if (p.w.block_out % (2 * W) == 0) return product_lanes_out<S, 2, kWideRows>(p, t, scratch);
-  if (p.w.block_out % W == 0) return product_lanes_out<S, 1, kNarrowRows>(p, t, scratch);
-  return product_few_outputs<S>(p, t, scratch);
+  using A = typename Accumulator<S>::type;
+  if (p.w.block_out % kLanes<A> != 0) return product_few_outputs<S>(p, t, scratch);
+#if defined(__AVX512F__)
+  if constexpr (__is_same(S, BFloat16))
+    if (p.w.block_in % 2 == 0 && BFloat16Pairs::fast())
+      return product_by_width<S, BFloat16Pairs>(p, t, scratch);
+#endif
+  product_by_width<S, MultiplyAdd<A>>(p, t, scratch);
 }
 
 // Rows a task should hold a multiple of: the lanes of a panel, where rows are the lanes.
