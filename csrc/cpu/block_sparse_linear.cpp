@@ -13,8 +13,6 @@ namespace lean_kernels {
 namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
-constexpr int64_t kChunkRows = 72;     // rows of x one task packs: its panels stay in L2
-constexpr int64_t kLeastRows = 24;     // fewer rows per task would read the weights too often
 constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
 constexpr double kSerialFlop = 5e5;    // below this a second thread costs more than it brings
 // Larger weights are not real, and could overflow the sizes computed from them.
@@ -101,12 +99,13 @@ void run_product(const Product& p, const BlockSparseKernels& kernels) {
   const double flop = 2.0 * p.rows * entries * p.w.block_in * p.w.block_out +
                       16.0 * p.rows * p.out_features;
   const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
-  const int64_t unit = kernels.row_unit(p), units = ceil_div(p.rows, unit);
-  int64_t chunks = ceil_div(p.rows, std::max(unit, kChunkRows / unit * unit));
+  const RowSplit split = kernels.product_rows(p);
+  const int64_t unit = split.unit, units = ceil_div(p.rows, unit);
+  int64_t chunks = ceil_div(p.rows, split.most / unit * unit);
   if (chunks > threads) {
     chunks = std::min(units, ceil_div(chunks, threads) * threads);
   } else {
-    chunks = std::max(chunks, std::min({threads, units, p.rows / kLeastRows}));
+    chunks = std::max(chunks, std::min({threads, units, p.rows / split.least}));
   }
   const int64_t splits = std::min(p.w.groups, ceil_div(threads, chunks));
   const auto row_at = [&](int64_t chunk) {

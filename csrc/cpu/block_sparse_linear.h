@@ -60,9 +60,16 @@ struct BlockOuter {
   int64_t panel_begin, panel_rows;
 };
 
+// How the rows of a product are best cut into tasks.
+struct RowSplit {
+  int64_t unit;   // a task should hold a multiple of these
+  int64_t most;   // whose panels stay in L2
+  int64_t least;  // fewer would read the weights too often
+};
+
 // One instruction set's kernels for one storage type.
 struct BlockSparseKernels {
-  int64_t (*row_unit)(const Product&);  // rows a task should hold a multiple of
+  RowSplit (*product_rows)(const Product&);
   size_t (*product_scratch)(const Product&, int64_t rows);  // bytes for a task of that many rows
   void (*product)(const Product&, const Range&, void* scratch);
   void (*outer_pack)(const BlockOuter&, int64_t begin, int64_t end);  // panels, grad first, then x

@@ -65,6 +65,12 @@ def test_long_sums(impl, in_features, block, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [(1, 16), (4, 16), (32, 32), (32, 31)], ids=str)
+def test_more_than_one_pass_over_the_weights(impl, block, dtype):
+    check(problem(150, 600, 1100, block, dtype), impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", FEW_BLOCKS, ids=str)
 def test_without_blocks_bias_and_activation_remain(impl, block, dtype):
     empty = torch.zeros(bsr.grid(70, 50, block), dtype=torch.bool)

@@ -109,14 +109,23 @@ SumGroups<A> sum_groups(int64_t rows, int64_t block_out, int64_t block_in) {
                        : sum_lanes_in_of<A, 1, W>(block_in);
 }
 
-// x rows of one panel as [inputs][W], rows and columns past the edge zero.
+// x rows of one panel as [inputs][W]: columns past the edge are zero, rows repeat the last one.
 template <class S, class A>
 void pack_panel_transposed(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t inputs,
                            A* panel) {
   constexpr int W = kLanes<A>;
-  for (int64_t k = 0; k < inputs; ++k)
-    for (int64_t r = 0; r < W; ++r)
-      panel[k * W + r] = r < rows && k < cols ? A(widen(x[r * ldx + k])) : A(0);
+  const auto row = [&](int64_t r) { return x + min_of(r, rows - 1) * ldx; };
+  int64_t k = 0;
+  for (; k + W <= cols; k += W) {
+    Vec<A> v[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) v[r] = load_wide(row(r) + k);
+    transpose<A>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) store(panel + (k + i) * W, v[i]);
+  }
+  for (; k < inputs; ++k)
+    for (int64_t r = 0; r < W; ++r) panel[k * W + r] = k < cols ? A(widen(row(r)[k])) : A(0);
 }
 
 constexpr int64_t kStripBytes = 128 << 10;  // weights one pass over the panels keeps in L2

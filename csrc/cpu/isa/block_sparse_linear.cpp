@@ -5,7 +5,7 @@
 // started from the bias, whatever the height of the tile it is computed in: a row's result depends
 // neither on the rest of the batch nor on threads.
 #include "../isa.h"
-#include "block_sparse_few_outputs.h"
+#include "block_sparse_columns.h"
 #include "block_sparse_lanes_out.h"
 #include "block_sparse_outer.h"
 
@@ -20,36 +20,51 @@ void product_by_width(const Product& p, const Range& t, void* scratch) {
 }
 
 // The loop nest is chosen by block shape alone, so that it is the same for every batch.
+enum Nest { kLanesOut, kColumns, kFewOutputs };
+template <class S>
+Nest nest_of(const Product& p) {
+  if (p.w.block_out % kLanes<typename Accumulator<S>::type> == 0) return kLanesOut;
+#if defined(__AVX512F__)
+  if (p.w.block_out == 1 && p.w.block_in % kHeld == 0) return kColumns;
+#endif
+  return kFewOutputs;
+}
+
 template <class S>
 void product(const Product& p, const Range& t, void* scratch) {
-  using A = typename Accumulator<S>::type;
-  if (p.w.block_out % kLanes<A> != 0) return product_few_outputs<S>(p, t, scratch);
+  const Nest nest = nest_of<S>(p);
+  if (nest == kFewOutputs) return product_few_outputs<S>(p, t, scratch);
 #if defined(__AVX512F__)
+  if (nest == kColumns) return product_by_columns<S>(p, t, scratch);
   if constexpr (__is_same(S, BFloat16))
     if (p.w.block_in % 2 == 0 && BFloat16Pairs::fast())
       return product_by_width<S, BFloat16Pairs>(p, t, scratch);
 #endif
-  product_by_width<S, MultiplyAdd<A>>(p, t, scratch);
+  product_by_width<S, MultiplyAdd<typename Accumulator<S>::type>>(p, t, scratch);
 }
 
-// Rows a task should hold a multiple of: the lanes of a panel, where rows are the lanes.
 template <class S>
-int64_t product_row_unit(const Product& p) {
+RowSplit product_rows(const Product& p) {
   constexpr int W = kLanes<typename Accumulator<S>::type>;
-  return p.w.block_out % W == 0 ? 1 : W;
+  const Nest nest = nest_of<S>(p);
+  if (nest == kColumns) return {W, 128, 128};
+  return {nest == kLanesOut ? 1 : W, 72, 24};
 }
 
 template <class S>
 size_t product_scratch(const Product& p, int64_t rows) {
   using A = typename Accumulator<S>::type;
-  const bool lanes_out = p.w.block_out % kLanes<A> == 0;
-  return sizeof(A) * size_t(lanes_out ? lanes_out_scratch<S>(p, rows)
-                                      : few_outputs_scratch<S>(p, rows));
+  const Nest nest = nest_of<S>(p);
+#if defined(__AVX512F__)
+  if (nest == kColumns) return ColumnsScratch<A>(p, rows).bytes;
+#endif
+  return sizeof(A) * size_t(nest == kLanesOut ? lanes_out_scratch<S>(p, rows)
+                                              : few_outputs_scratch<S>(p, rows));
 }
 
 template <class S>
 constexpr BlockSparseKernels block_sparse_kernels() {
-  return {product_row_unit<S>, product_scratch<S>, product<S>, outer_pack<S>, outer<S>};
+  return {product_rows<S>, product_scratch<S>, product<S>, outer_pack<S>, outer<S>};
 }
 
 }  // namespace
