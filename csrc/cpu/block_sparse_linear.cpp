@@ -96,7 +96,8 @@ int64_t split_groups(const BlockMatrix& w, int64_t i, int64_t parts) {
 void run_product(const Product& p, const BlockSparseKernels& kernels) {
   if (p.rows == 0) return;
   const int64_t entries = p.w.ptr[p.w.groups];
-  const double flop = 2.0 * p.rows * entries * p.w.block_in * p.w.block_out +
+  // Reading a weight takes the time of two multiply-adds with it.
+  const double flop = 2.0 * std::max<int64_t>(p.rows, 2) * entries * p.w.block_in * p.w.block_out +
                       16.0 * p.rows * p.out_features;
   const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
   const RowSplit split = kernels.product_rows(p);
