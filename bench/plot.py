@@ -8,6 +8,17 @@ from pathlib import Path
 import numpy as np
 
 
+def plottable(run: Mapping) -> list[Mapping]:
+    """Records that have a place in the plot: block-sparse forward passes compared with dense."""
+    return [
+        record
+        for record in run["records"]
+        if "block" in record["config"]
+        and record["config"].get("mode", "forward") == "forward"
+        and "dense" in record.get("ratios", {})
+    ]
+
+
 def speedup_over_density(run: Mapping, path: Path) -> None:
     """One panel per dtype and m; lines: geometric means over shapes and masks, bands: their range.
 
@@ -19,12 +30,10 @@ def speedup_over_density(run: Mapping, path: Path) -> None:
     from matplotlib import pyplot
 
     panels: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for record in run["records"]:
+    for record in plottable(run):
         config = record["config"]
-        if config.get("mode", "forward") == "forward" and "dense" in record.get("ratios", {}):
-            panel = ", ".join(f"{k} = {config[k]}" for k in ("dtype", "m") if k in config)
-            density = config["density"]
-            panels[panel][config["block"]][density].append(record["ratios"]["dense"])
+        panel = ", ".join(f"{k} = {config[k]}" for k in ("dtype", "m") if k in config)
+        panels[panel][config["block"]][config["density"]].append(record["ratios"]["dense"])
     if not panels:
         raise ValueError("nothing to plot: no forward record was compared with dense")
     columns = min(3, len(panels))

@@ -47,7 +47,7 @@ def main(
         only: filters `field=value[,value...]` on the fields of a configuration.
         json_out, markdown_out, plot_out: files to write.
         break_even_out: file for break-even densities, dtype -> block shape -> density.
-        save: also write JSON, Markdown and plot under bench/results/<device>/.
+        save: also write JSON, Markdown and any plot under bench/results/<device>/.
 
     Returns:
         0; 1 if a result was wrong (that configuration is not timed); 3 if suite "numbers" found a
@@ -94,7 +94,8 @@ def main(
         ".png": (plot_out, partial(plot.speedup_over_density, run)),
     }
     for suffix, (asked, write) in writers.items():
-        for path in (asked, folder and folder / f"{name}{suffix}"):
+        saves = folder and (suffix != ".png" or plot.plottable(run))
+        for path in (asked, folder / f"{name}{suffix}" if saves else None):
             if path is not None:
                 write(Path(path))
                 console.print(f"wrote {path}", highlight=False, soft_wrap=True)

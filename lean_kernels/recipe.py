@@ -38,7 +38,8 @@ class LinearRule:
     Args:
         block_shape: (block_out, block_in), the size of a block of the weight.
         density: fraction of blocks to keep, those of largest L2 norm, in (0, 1]. None keeps exactly
-            the blocks that hold a non-zero, for a model that is pruned already.
+            the blocks that hold a non-zero, for a model that is pruned already; of a dense layer
+            that is all, and where the kernel wins even then (`dense_above`), it computes that.
         dense_above: leave a layer dense when the fraction of kept blocks is above this, in [0, 1].
             None takes the break-even measured for the device, dtype and block shape.
         fuse_activation: run the activation that follows the layer inside its kernel, where the

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import break_even, environment, masks, registry, report, run, runner
+from bench import break_even, environment, masks, plot, registry, report, run, runner
 from bench.block_sparse_competitors import MODES, Config, prepare
 
 TINY = Config(shape="64x48", m=5, density=0.5, block="16x16")
@@ -300,3 +300,12 @@ def test_every_suite_covers_its_requirements(name):
     for requirement in case.requirements:
         assert set(requirement.configs()) <= numbers
     assert 0 < len(registry.select(case, "quick")) <= 25
+
+
+def test_only_block_sparse_products_are_plotted():
+    compared = {"ratios": {"dense": 2.0}}
+    block = compared | {"config": {"block": "32x32", "density": 0.5}}
+    tokens = compared | {"config": {"kept": 0.5, "density": 1.0}}
+    backward = compared | {"config": {"block": "32x32", "mode": "forward_backward"}}
+    alone = {"config": {"block": "32x32", "density": 0.5}}
+    assert plot.plottable({"records": [tokens, block, backward, alone]}) == [block]
