@@ -16,6 +16,7 @@ CASES = (
     "bert_encoder",
     "block_sparse_linear",
     "early_exit",
+    "low_rank_embedding",
     "ngram_embedding_bag",
     "ragged_attention",
     "tensor_train_embedding",

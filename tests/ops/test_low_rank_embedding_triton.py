@@ -14,8 +14,8 @@ from problems import error
 
 skip_where_nothing_runs()
 
-from lean_kernels.ops.low_rank_embedding import op, reference
-from lean_kernels.ops.low_rank_embedding import triton as kernels
+from lean_kernels.ops.low_rank_embedding import op, reference  # noqa: E402
+from lean_kernels.ops.low_rank_embedding import triton as kernels  # noqa: E402
 
 SIZES = [(50, 75, 160), (20, 33, 129)]
 LIMITS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 2e-3}

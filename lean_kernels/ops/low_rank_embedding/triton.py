@@ -191,18 +191,19 @@ def _grad_decoder_kernel(
     tl.store(out_ptr + at, acc, mask=mask_n[:, None] & mask_k[None, :])
 
 
-def config(features: int, rank: int, size: int, whole: bool) -> dict[str, int]:
+def config(features: int, size: int, whole: bool) -> dict[str, int]:
     """Tile and launch options for elements of `size` bytes; not tuned on hardware."""
-    block_k = min(max(triton.next_power_of_2(rank), 16), 64 // size * 2)
     if whole:
         block_n = max(triton.next_power_of_2(features), 16)
         tile = {"BLOCK_M": 16, "BLOCK_N": block_n, "BLOCK_K": 16}
         return tile | {"num_warps": 8, "num_stages": 1}
-    block_n = min(max(triton.next_power_of_2(features), 16), 128)
-    return {
-        "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": max(block_k, 16),
-        "num_warps": 4, "num_stages": 2,
-    }  # fmt: skip
+    # float32 and float64 multiply without tensor cores, on operands held in registers.
+    tile = (
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+        if size == 2
+        else {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}
+    )
+    return tile | {"num_warps": 4, "num_stages": 2}
 
 
 def _numerics(dtype: torch.dtype) -> dict:
@@ -226,7 +227,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _launch_rows(ids, codes, scales, decoder, bias, activation, grad, y, end, whole) -> None:
     features, rank = decoder.shape
     places = ids.numel()
-    tiles = config(features, rank, decoder.element_size(), whole)
+    tiles = config(features, decoder.element_size(), whole)
     grid = triton.cdiv(places, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"])
     with torch.cuda.device_of(codes):
         _rows_kernel[(grid,)](
@@ -335,12 +336,13 @@ def grad(
         by_row = factor if scales is None else factor * scales.to(factor.dtype)[safe]
         splits = max(1, triton.cdiv(places, _SPLIT_PLACES))
         parts = torch.empty(splits, features, rank, dtype=_wide(dtype), device=codes.device)
-        grid = (triton.cdiv(features, 64), triton.cdiv(rank, 64), splits)
+        side = 64 if dtype.itemsize == 2 else 32
+        grid = (triton.cdiv(features, side), triton.cdiv(rank, side), splits)
         with torch.cuda.device_of(codes):
             _grad_decoder_kernel[grid](
                 ids, codes, by_row, g, parts,
                 places, rows, features, rank, _SPLIT_PLACES, *codes.stride(),
-                BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2, **_numerics(dtype),
+                BLOCK_M=32 if side == 64 else 16, BLOCK_N=side, BLOCK_K=side, num_warps=4, num_stages=2, **_numerics(dtype),
             )  # fmt: skip
         d_decoder = parts.sum(0).to(dtype)
     if need_bias:
