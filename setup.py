@@ -27,7 +27,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     ISAS["avx512"] += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VNNI = {("csrc/cpu/isa/block_sparse_int8.cpp", "avx512"): ["-mavx512vnni"]}  # picked apart
-CUDA = ["csrc/cuda/token_compaction.cu", "csrc/register_cuda.cpp"]
+CUDA = [f"csrc/cuda/{op}.cu" for op in ("tensor_product_embedding", "token_compaction")]
+CUDA += ["csrc/register_cuda.cpp"]
 CUDA_HOME = os.environ.get("CUDA_HOME")
 NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None)
 NVCC_FLAGS = [

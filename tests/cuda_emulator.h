@@ -138,6 +138,16 @@ inline int __shfl_up_sync(uint32_t, int mine, int step) {
     return int(uint32_t(emulator::slots[warp + (lane >= step ? lane - step : lane)]));
   });
 }
+template <class T>
+T __shfl_xor_sync(uint32_t, T mine, int mask) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &mine, sizeof(T));
+  return emulator::exchange(bits, [&](int warp, int lane) {
+    T other;
+    std::memcpy(&other, &emulator::slots[warp + (lane ^ mask)], sizeof(T));
+    return other;
+  });
+}
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int atomicAdd(int* at, int v) { return std::exchange(*at, *at + v); }
 inline uint32_t __float_as_uint(float v) {

@@ -2,50 +2,17 @@
 // select_tokens and gather_tokens on CUDA: tensors in, launches on the current stream out.
 #include "token_compaction.cuh"
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "launch.h"
 
 namespace lean_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
-
 constexpr int64_t kBlocksPerProcessor = 8;  // of kMoveThreads: all the threads one holds
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
-}
-
-int64_t processors(const Tensor& t) {
-  int count = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, "token_compaction: ", cudaGetErrorString(error));
-  return count;
-}
-
-Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
 
 // Results with `rows` rows, and what moves there. `kept` owns copies of tensors without packed rows.
 std::vector<Tensor> plan(const std::vector<Tensor>& tensors, int64_t rows, std::vector<Move>& moves,

@@ -11,7 +11,7 @@ from lean_kernels.ops._row_norm import RowNorm
 from lean_kernels.ops.tensor_product_embedding import reference
 
 NAME = "tensor_product_embedding"
-IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON)
+IMPLS = (Impl.REFERENCE, Impl.CPU, Impl.TRITON, Impl.CUDA)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
 ORDERS = (2, 3, 4)
@@ -58,6 +58,7 @@ _forward = Kernel(
     reference=_reference_forward,
     fake=_fake_forward,
     triton=f"{_MODULE}:forward",
+    cuda=True,
 )
 _grad = Kernel(
     f"{NAME}_grad",
@@ -158,7 +159,8 @@ def tensor_product_embedding(
         norm: a RowNorm, LayerNorm or RMSNorm of the sum; None for none.
         padding_idx: this id's positions pass no gradient on, as those of nn.Embedding; their rows
             are made like the others.
-        impl: "reference", "cpu", "triton", or None for the best one of the device.
+        impl: "reference", "cpu", "triton", "cuda" (its gradient is Triton's), or None for the best
+            one of the device.
 
     Returns:
         [*ids.shape, D] in the factors' dtype, contiguous. Sums are taken in float32 (float64 for

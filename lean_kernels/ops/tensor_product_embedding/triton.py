@@ -142,7 +142,7 @@ def _rows_kernel(
     x, inside = _added(x, ids0_ptr, table0_ptr, position, rows0, inside, k, mask, features, ACC)
     x, inside = _added(x, ids1_ptr, table1_ptr, position, rows1, inside, k, mask, features, ACC)
     if NORM != 0:
-        x, _ = _normal(tl.where(mask, x, 0.0), mask, features, EPS, NORM == 1)
+        x, _scale = _normal(tl.where(mask, x, 0.0), mask, features, EPS, NORM == 1)
         if weight_ptr is not None:
             x *= tl.load(weight_ptr + k, mask=mask, other=0.0).to(ACC)
         if bias_ptr is not None:
@@ -218,14 +218,13 @@ def _shares_kernel(
         kept = (ranks < rank)[:, None] & (a < q)[None, :]
         share = tl.zeros((RANKS, DIGIT), ACC)
     end = tl.minimum(start + BLOCK, positions)
-    goes_on = False
-    if start > 0:
-        goes_on = tl.load(keys_ptr + start - 1) == tl.load(keys_ptr + start)
+    before = tl.load(keys_ptr + start - 1, mask=start > 0, other=-1)
+    goes_on = before == tl.load(keys_ptr + start)
     for p in range(start, end):
         key = tl.load(keys_ptr + p).to(tl.int64)
         if key < targets:
             position = tl.load(order_ptr + p).to(tl.int64)
-            dx, _, _, row = _before_norm(
+            dx, _g, _normed, row = _before_norm(
                 grad_ptr, ids_ptr, morphemes_ptr, factors_ptr, ids0_ptr, table0_ptr, ids1_ptr,
                 table1_ptr, weight_ptr, position, words, count, rank, q, features, rows0, rows1,
                 a, t, valid, k, mask, EPS, NORM, ORDER, DIGIT, ACC,
@@ -248,43 +247,40 @@ def _shares_kernel(
                         mine = tl.sum(tl.sum(cube, axis=2), axis=0)
                     share += tl.where((ranks == i)[:, None], mine[None, :], 0.0)
             following = tl.load(keys_ptr + p + 1, mask=p + 1 < positions, other=-1).to(tl.int64)
-            if (following != key) | (p + 1 == end):
-                if goes_on:
-                    tl.store(heads_ptr + block * size + to, share, mask=kept)
-                elif following != key:
-                    sums = out_ptr + key * size + to
-                    tl.store(sums, tl.load(sums, mask=kept, other=0.0) + share, mask=kept)
-                else:
-                    tl.store(tails_ptr + block * size + to, share, mask=kept)
-                share = share * 0.0
-                goes_on = False
+            ends = (following != key) | (p + 1 == end)
+            head, tail_of = ends & goes_on, ends & (following == key) & (not goes_on)
+            whole = ends & (not head) & (not tail_of)
+            tl.store(heads_ptr + block * size + to, share, mask=kept & head)
+            tl.store(tails_ptr + block * size + to, share, mask=kept & tail_of)
+            sums = out_ptr + key * size + to
+            sum_so_far = tl.load(sums, mask=kept & whole, other=0.0)
+            tl.store(sums, sum_so_far + share, mask=kept & whole)
+            share = tl.where(ends, 0.0, share)
+            goes_on = goes_on & (not ends)
 
 
 @triton.jit(do_not_specialize=["positions", "targets"])
 def _join_kernel(
-    keys_ptr, out_ptr, heads_ptr, tails_ptr, positions, targets, size,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    keys_ptr,  # [positions], ascending
+    ends_ptr,  # [blocks]: the position after the last that has a block's last key
+    out_ptr, heads_ptr, tails_ptr,  # as in _shares_kernel
+    positions, targets, size,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds the sum that begins in block b and goes on after it, in the order of the blocks."""
+    """Adds the sum that begins in a block and goes on after it, in the order of the blocks."""
     block = tl.cast(tl.program_id(0), tl.int64)
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    last = (block + 1) * BLOCK - 1
-    if last + 1 < positions:
-        key = tl.load(keys_ptr + last).to(tl.int64)
-        begun_before = False
-        if block > 0:
-            begun_before = tl.load(keys_ptr + last - BLOCK) == key
-        following = tl.load(keys_ptr + last + 1).to(tl.int64)
-        if (key < targets) & (following == key) & (not begun_before):
-            total = tl.load(tails_ptr + block * size + k, mask=k < size, other=0.0)
-            while following == key:
-                block += 1
-                last += BLOCK
-                total += tl.load(heads_ptr + block * size + k, mask=k < size, other=0.0)
-                inside = last + 1 < positions
-                following = tl.load(keys_ptr + last + 1, mask=inside, other=-1).to(tl.int64)
-            sums = out_ptr + key * size + k
-            tl.store(sums, tl.load(sums, mask=k < size, other=0.0) + total, mask=k < size)
+    last = tl.minimum((block + 1) * BLOCK, positions) - 1
+    key = tl.load(keys_ptr + last).to(tl.int64)
+    begun_before = tl.load(keys_ptr + block * BLOCK - 1, mask=block > 0, other=-1) == key
+    end_block = (tl.load(ends_ptr + block).to(tl.int64) - 1) // BLOCK
+    mask = (k < size) & (key < targets) & (end_block > block) & (not begun_before)
+    total = tl.load(tails_ptr + block * size + k, mask=mask, other=0.0)
+    for b in range(block + 1, tl.where(begun_before, block, end_block) + 1):
+        total += tl.load(heads_ptr + b * size + k, mask=mask, other=0.0)
+    sums = out_ptr + key * size + k
+    tl.store(sums, tl.load(sums, mask=mask, other=0.0) + total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["positions", "words", "count", "rows0", "rows1"])
@@ -312,7 +308,7 @@ def _norm_kernel(
     dweight, dbias = tl.zeros((DIGIT, TAIL), ACC), tl.zeros((DIGIT, TAIL), ACC)
     for position in range(program, positions, tl.num_programs(0)):
         if tl.load(ids_ptr + position) != padding_idx:
-            _, g, normal, _ = _before_norm(
+            _dx, g, normal, _row = _before_norm(
                 grad_ptr, ids_ptr, morphemes_ptr, factors_ptr, ids0_ptr, table0_ptr, ids1_ptr,
                 table1_ptr, weight_ptr, position, words, count, rank, q, features, rows0, rows1,
                 a, t, valid, k, mask, EPS, NORM, ORDER, DIGIT, ACC,
@@ -332,7 +328,7 @@ def config(order: int, size: int) -> dict[str, int]:
             f"{NAME}: impl 'triton' takes rows of at most {_MOST_NUMBERS} numbers, their {order} "
             f"digits of q = {size} padded to {digit}, got {numbers}; use impl 'reference'"
         )
-    warps = min(max(numbers // 512, 1), 16)
+    warps = min(max(numbers // 256, 1), 8)
     return {"ORDER": order, "DIGIT": digit, "TAIL": numbers // digit, "num_warps": warps}
 
 
@@ -404,8 +400,13 @@ def grad(
                 J=j, RANKS=triton.next_power_of_2(rank), BLOCK=BLOCK, **constants,
             )  # fmt: skip
             width = min(triton.next_power_of_2(length), 256)
+            lasts = keys[BLOCK - 1 :: BLOCK]
+            lasts = torch.cat([lasts, keys[-1:]]) if positions % BLOCK else lasts
+            ends = torch.searchsorted(keys, lasts, right=True)
             _join_kernel[(blocks, triton.cdiv(length, width))](
-                keys, out, heads, tails, positions, targets, length, BLOCK=BLOCK, WIDTH=width
+                *(keys, ends, out, heads, tails, positions, targets, length),
+                BLOCK=BLOCK,
+                WIDTH=width,
             )
 
     dfactors = torch.zeros(count, rank, size, **options)
