@@ -19,6 +19,7 @@ CASES = (
     "low_rank_embedding",
     "ngram_embedding_bag",
     "ragged_attention",
+    "tensor_product_embedding",
     "tensor_train_embedding",
     "token_compaction",
     "token_dropping",
