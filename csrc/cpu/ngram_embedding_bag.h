@@ -23,7 +23,7 @@ struct NgramBagKernels {
   void (*sum)(const NgramRows&, int64_t begin, int64_t end, void* sums);
   // out = sums * factor, in the rows' dtype (float32 for int8).
   void (*write)(const void* sums, double factor, int64_t features, void* out);
-  // out[i] = factor * the product of entry i and `other`, a row of `out`'s dtype in the forward.
+  // out[i] = factor * the product of entry i and `other`, a row in the dtype that write gives.
   void (*dot)(const NgramRows&, int64_t begin, int64_t end, const void* other, double factor,
               void* out);
 };

@@ -109,3 +109,18 @@ def test_inputs_that_do_not_fit_are_refused():
         layer(IDS, OFFSETS, torch.ones(7))
     with pytest.raises(TypeError, match=r"replaces nn\.EmbeddingBag"):
         lk.nn.NGramEmbeddingBag.from_embedding_bag(nn.Embedding(3, 4))
+
+
+def test_compile_and_export():
+    torch.compiler.reset()
+    for options in ({}, {"include_last_offset": True}, {"sparse": False, "padding_idx": 4}):
+        layer = lk.nn.NGramEmbeddingBag(10, 6, **options)
+        offsets = torch.cat([OFFSETS, torch.tensor([8])]) if len(options) == 1 else OFFSETS
+        expected = layer(IDS, offsets)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(IDS, offsets), expected)
+        count = torch.export.Dim("count", min=2)
+        exported = torch.export.export(
+            layer, (IDS, offsets), dynamic_shapes=({0: count}, None), strict=True
+        )
+        torch.testing.assert_close(exported.module()(IDS, offsets), expected)

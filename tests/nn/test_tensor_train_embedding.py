@@ -101,3 +101,15 @@ def test_training_state_and_head():
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         lk.nn.TensorTrainEmbedding(50, 12, **{"rank": 4} | options)
+
+
+def test_compile_and_export():
+    torch.compiler.reset()
+    layer = lk.nn.TensorTrainEmbedding(50, 12, rank=4)
+    ids = torch.tensor([[1, 1, 49], [7, 3, 1]])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), layer(ids))
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(layer, (ids,), dynamic_shapes=({0: rows},), strict=True)
+    more = torch.cat([ids, ids + 1]).clamp(max=49)
+    torch.testing.assert_close(exported.module()(more), layer(more))
