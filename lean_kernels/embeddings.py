@@ -185,12 +185,14 @@ def _tell_transformers(model: nn.Module, heads: set[str]) -> None:
             }
             if left != ties:
                 setattr(module, attribute, left)
-        embedding = _input_embedding(module)
-        if isinstance(embedding, CompressedEmbedding):
-            module.resize_token_embeddings = partial(_refuse_to_resize, embedding)
+        if isinstance(_input_embedding(module), CompressedEmbedding):
+            module.resize_token_embeddings = partial(_refuse_to_resize, module)
 
 
-def _refuse_to_resize(embedding: CompressedEmbedding, new_num_tokens=None, *args, **kwargs):
+def _refuse_to_resize(model: nn.Module, new_num_tokens: int | None = None, *args, **kwargs):
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, CompressedEmbedding):
+        return type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
     if new_num_tokens in (None, embedding.num_embeddings) and not args and not kwargs:
         return embedding
     raise ValueError(
@@ -215,7 +217,7 @@ def remove(model: nn.Module) -> None:
         for head in heads:
             replace(model, names[id(head)], _dense_head(head, embedding))
     for name, fused in list(model.named_modules()):
-        if isinstance(fused, LeanEmbeddings):
+        if isinstance(fused, LeanEmbeddings) and hasattr(fused, "replaced"):
             (block,) = fused.replaced
             block._modules.update(fused._modules)
             replace(model, [name], block.train(fused.training))
