@@ -6,6 +6,7 @@
 // output's weights is taken off again. Integer sums are exact: their order does not matter.
 #include "../isa.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "block_sparse_parts.h"
@@ -276,11 +277,14 @@ void product_int8(const Product& p, const Range& t, void* scratch) {
   product_int8_by<S, 1>(p, t, scratch);
 }
 
-int64_t any_row(const Product&) { return 1; }
+RowSplit int8_rows(const Product& p) {
+  constexpr int64_t kPanelBytes = 384 << 10, kLeast = 24, kMost = 288;
+  return {1, std::max(kLeast, std::min(kMost, kPanelBytes / padded_inputs(p))), kLeast};
+}
 
 template <class S>
 constexpr BlockSparseKernels int8_kernels() {
-  return {any_row, int8_scratch<S>, product_int8<S>, nullptr, nullptr};
+  return {int8_rows, int8_scratch<S>, product_int8<S>, nullptr, nullptr};
 }
 
 }  // namespace

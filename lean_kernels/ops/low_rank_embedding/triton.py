@@ -342,7 +342,8 @@ def grad(
             _grad_decoder_kernel[grid](
                 ids, codes, by_row, g, parts,
                 places, rows, features, rank, _SPLIT_PLACES, *codes.stride(),
-                BLOCK_M=32 if side == 64 else 16, BLOCK_N=side, BLOCK_K=side, num_warps=4, num_stages=2, **_numerics(dtype),
+                BLOCK_M=32 if side == 64 else 16, BLOCK_N=side, BLOCK_K=side,
+                num_warps=4, num_stages=2, **_numerics(dtype),
             )  # fmt: skip
         d_decoder = parts.sum(0).to(dtype)
     if need_bias:
