@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/lean-kernels demo --out out/demo --force
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(TESTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

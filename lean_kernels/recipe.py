@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from lean_kernels._checks import MOST, check_bool, check_choice, check_fraction, listed, settings
 from lean_kernels.embedding_rule import EmbeddingRule
 from lean_kernels.nn.token_profile import check_profile, rescale
+from lean_kernels.ops.block_sparse_linear import int8
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,6 +45,8 @@ class LinearRule:
             None takes the break-even measured for the device, dtype and block shape.
         fuse_activation: run the activation that follows the layer inside its kernel, where the
             model's architecture is known and the activation is one the kernel has.
+        dtype: None for that of the layer, or "int8": weights rounded per output, inputs per row,
+            for inference; blocks then have a multiple of 16 outputs and of 4 inputs.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -53,6 +56,7 @@ class LinearRule:
     density: float | None = None
     dense_above: float | None = None
     fuse_activation: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         shape = self.block_shape
@@ -66,6 +70,9 @@ class LinearRule:
         check_fraction("density", self.density, zero=False)
         check_fraction("dense_above", self.dense_above, zero=True)
         check_bool("fuse_activation", self.fuse_activation)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, ("int8",))
+            int8.check_block_shape(self.block_shape, 'dtype "int8"')
 
 
 @dataclass(frozen=True)

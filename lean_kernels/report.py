@@ -35,7 +35,8 @@ class Entry:
             biases = 0 if layer.bias is None else layer.out_features
             numbers = layer.in_features * layer.out_features + biases
             shape = layer.in_features, layer.out_features
-            dense_size = numbers * layer.weight.element_size()
+            wide = layer.weight if layer.weight_scales is None else layer.weight_scales
+            dense_size = numbers * (wide if layer.bias is None else layer.bias).element_size()
             block_shape, density = layer.block_shape, layer.density
             return cls(
                 name, "BlockSparseLinear", *shape, block_shape, density, dense_size, size, note

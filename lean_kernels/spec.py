@@ -19,7 +19,7 @@ from lean_kernels.encoders import (
 )
 from lean_kernels.matching import aliases, replace
 from lean_kernels.nn import BlockSparseLinear
-from lean_kernels.ops.block_sparse_linear import bsr, op
+from lean_kernels.ops.block_sparse_linear import bsr, int8, op
 
 FORMAT_VERSION = 3
 FLOATS = embedding_kinds.FLOATS
@@ -83,21 +83,23 @@ def describe(model: nn.Module) -> dict:
             "activation": layer.activation,
             "fused_module": fused,
         }
-    version = 1
+        if layer.weight_scales is not None:
+            modules[name]["int8"] = True
     for name, layer in embeddings.compressed(model).items():
-        version = 3
         modules[name] = embedding_kinds.describe(embeddings.table_of(layer)) | {
             "head": embeddings.owns_table(layer)
         }
+    encoders = describe_encoders(model)
+    version = version_of(modules, encoders)
     description = {"quant_method": "lean", "format_version": version, "modules": modules}
-    if encoders := describe_encoders(model):
-        description |= {"format_version": max(2, version), "encoders": encoders}
-    return description
+    return description | ({"encoders": encoders} if encoders else {})
 
 
 def version_of(modules: dict, encoders: dict | None) -> int:
     """The first format version that can say this."""
-    if any(entry.get("kind") in embedding_kinds.KINDS for entry in modules.values()):
+    if any(
+        entry.get("kind") in embedding_kinds.KINDS or "int8" in entry for entry in modules.values()
+    ):
         return 3
     return 2 if encoders else 1
 
@@ -105,8 +107,11 @@ def version_of(modules: dict, encoders: dict | None) -> int:
 def tensors_of(entry: dict) -> dict[str, tuple[str, ...]]:
     """The tensors of a layer by name within it, and what safetensors may call their dtype."""
     if entry["kind"] == _KIND:
-        index = {"crow_indices": ("I32",), "col_indices": ("I32",)}
-        return {"weight": FLOATS} | index | ({"bias": FLOATS} if entry["bias"] else {})
+        tensors = {"crow_indices": ("I32",), "col_indices": ("I32",)}
+        tensors["weight"] = ("I8",) if "int8" in entry else FLOATS
+        if "int8" in entry:
+            tensors["weight_scales"] = ("F32",)
+        return tensors | ({"bias": FLOATS} if entry["bias"] else {})
     tensors = embedding_kinds.tensors(entry)
     if entry["head"]:
         tensors = {f"embedding.{name}": dtypes for name, dtypes in tensors.items()}
@@ -130,7 +135,8 @@ def check(modules: dict, encoders: dict | None = None) -> None:
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
         else:
-            _check_keys(where, entry, _KEYS)
+            is_int8 = isinstance(entry, dict) and entry.get("int8") is True
+            _check_keys(where, entry, _KEYS | ({"int8": bool} if is_int8 else {}))
             _check_linear(where, entry)
 
 
@@ -154,6 +160,8 @@ def _check_linear(where: str, entry: dict) -> None:
     shape, block = (entry["out_features"], entry["in_features"]), entry["block_shape"]
     if len(block) != 2 or any(type(size) is not int or size < 1 for size in (*block, *shape)):
         raise ValueError(f"{where}: sizes must be positive integers, got {shape} in {block}")
+    if "int8" in entry:
+        int8.check_block_shape(tuple(block), where)
     rows, cols = bsr.grid(*shape, tuple(block))
     if not 0 <= entry["nnz"] <= rows * cols:
         raise ValueError(
@@ -207,6 +215,7 @@ def rebuild(
             block_shape=tuple(entry["block_shape"]),
             bias=entry["bias"],
             activation=entry["activation"],
+            weight_dtype="int8" if "int8" in entry else None,
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )

@@ -169,8 +169,8 @@ Tensor multiply(const Tensor& x, const Pattern& pattern, const BlockMatrix& matr
 }
 
 int64_t features_of(const Tensor& x, int64_t out_features, int64_t activation) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0 && out_features > 0 && activation >= 0 &&
-                      activation <= 4,
+  STD_TORCH_CHECK(x.dim() >= 1, "block_sparse_linear: x must have at least one dimension");
+  STD_TORCH_CHECK(x.size(x.dim() - 1) > 0 && out_features > 0 && activation >= 0 && activation <= 4,
                   "block_sparse_linear: in_features and out_features must be positive and "
                   "activation a code from 0 to 4");
   return x.size(x.dim() - 1);

@@ -99,6 +99,9 @@ class LeanQuantizer(HfQuantizer):
         self._same_class = type(model).__name__ in saved_as
         encoders = getattr(self.quantization_config, "encoders", None)
         self._built = rebuild(model, modules, encoders, partial=not self._same_class)
+        if any("int8" in entry for entry in modules.values()):
+            kept = model._keep_in_fp32_modules_strict or ()
+            model._keep_in_fp32_modules_strict = {*kept, "weight_scales"}
         # With a quantizer, transformers takes whatever shape a file has: remember what is right.
         self._expected = {
             name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()
@@ -115,6 +118,8 @@ class LeanQuantizer(HfQuantizer):
                     check(name)
                 continue
             layer.validate(name)
+            if layer.weight_scales is not None:
+                continue
             weight = bsr.blocks_empty(
                 layer.nnz, layer.block_shape, dtype=layer.weight.dtype, device=layer.weight.device
             )

@@ -103,7 +103,7 @@ def _rules(**changes):
     ("edit", "message"),
     [
         (lambda c: c.update(format_version=1), "came with format version 2"),
-        (lambda c: c.update(format_version=3), "format version 3; .* reads up to 2"),
+        (lambda c: c.update(format_version=4), "format version 4; .* reads up to 3"),
         (lambda c: c.update(encoders=[]), "encoders must be a table"),
         (lambda c: c.update(encoders={}), "modules must be a non-empty table"),
         (lambda c: c["encoders"].update({"x": {}}), "must have exactly the keys"),

@@ -191,6 +191,12 @@ def test_nan_and_infinity_spread_as_in_dense_torch(impl, activation, block, dtyp
     p.residual[7, 7], p.residual[8, 8] = torch.nan, torch.inf
     result = p.run(impl, activation=activation)
     expected = p.torch_dense(activation=activation)
+    if activation == "gelu":
+        # torch's own gelu of infinity is NaN with AVX-512 and infinity without.
+        infinite = p.torch_dense(residual=False) == torch.inf
+        if impl == "cpu":
+            assert bool((result[infinite] == torch.inf).all())
+        result, expected = (t.masked_fill(infinite, 0) for t in (result, expected))
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result == torch.inf, expected == torch.inf)
     assert torch.equal(result == -torch.inf, expected == -torch.inf)

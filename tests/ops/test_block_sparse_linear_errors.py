@@ -243,7 +243,10 @@ def test_the_raw_gradient_of_the_weight_checks_what_it_reads(changed, message):
     ("edits", "message"),
     [
         ({"weight": lambda w: w[0]}, r"weight must be \[nnz, block_out, block_in\], got"),
-        ({"weight": lambda w: w.int()}, "weight must be a floating point tensor, got torch.int32"),
+        (
+            {"weight": lambda w: w.int()},
+            "weight must be a floating point or int8 tensor, got torch.int32",
+        ),
         ({"weight": lambda w: w[:, :, :0]}, "sizes must be positive, got .* 16x0 blocks"),
         ({"weight": lambda w: w[:-1]}, r"col_indices must have shape \[9\] .*, got \(10,\)"),
         ({"weight": lambda w: w.to("meta")}, "crow_indices is on cpu, weight on meta; move them"),

@@ -1,30 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 products two inputs at a time, for the processors where vdpbf16ps is fast.
+// Packing of bfloat16 for products two inputs at a time (multiply_add.h).
 #pragma once
 
 #include "block_sparse_parts.h"
+#include "multiply_add.h"
 
 #if defined(__AVX512F__)
 namespace lean_kernels {
 namespace {
-
-// Packed elements hold an even input in their low half and the next one in their high half.
-struct BFloat16Pairs {
-  using A = float;
-  using P = int32_t;
-  static constexpr int kInputs = 2;
-
-  // AMD's cores multiply a vector of pairs in the time of one of float32, Intel's without AMX in
-  // twice that time.
-  static bool fast() {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
-  }
-  // As text, since the rest of the file must run where the instruction is missing.
-  static LK_INLINE Vec<A> add(Vec<A> sum, Vec<P> w, P x) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(_mm512_set1_epi32(x)));
-    return sum;
-  }
-};
 
 LK_INLINE __m512i load_halves(const BFloat16* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

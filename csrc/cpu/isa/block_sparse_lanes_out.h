@@ -3,18 +3,10 @@
 #pragma once
 
 #include "bfloat16_pairs.h"
+#include "multiply_add.h"
 
 namespace lean_kernels {
 namespace {
-
-// How tiles multiply: packed elements of type P hold kInputs inputs each.
-template <class A_>
-struct MultiplyAdd {
-  using A = A_;
-  using P = A_;
-  static constexpr int kInputs = 1;
-  static LK_INLINE Vec<A> add(Vec<A> sum, Vec<P> w, P x) { return sum + w * x; }
-};
 
 // One group's entries, as the tiles read them; block_in and inputs count elements of type P.
 template <class P>
