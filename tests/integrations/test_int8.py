@@ -75,7 +75,7 @@ def test_a_packed_encoder_takes_it():
 @pytest.mark.parametrize(
     "rule, problem",
     [
-        ({"dtype": "int4"}, "dtype must be"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'; expected one of"),
         ({"dtype": "int8", "block_shape": [4, 16]}, "a multiple of 16 outputs"),
     ],
     ids=["dtype", "block"],

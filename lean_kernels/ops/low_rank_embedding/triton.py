@@ -17,7 +17,7 @@ from torch import Tensor
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _OPTIONS = {"enable_fp_fusion": True}
-_WHOLE_BYTES = 2048  # of a row: a longer one does not fit a tile's share of shared memory
+_WHOLE = 512  # features; the accumulators of a longer row spill
 _MOST_FEATURES = 1 << 16  # beyond, a row does not fit the registers of the second kernel
 _SPLIT_PLACES = 1024  # that one part of the decoder's gradient sums over
 
@@ -274,7 +274,7 @@ def forward(
     y = torch.empty(shape, dtype=dtype, device=device)
     if y.numel() == 0:
         return y
-    whole = bool(norm) and triton.next_power_of_2(features) * decoder.element_size() <= _WHOLE_BYTES
+    whole = bool(norm) and features <= _WHOLE
     table = (ids.contiguous(), codes, None if scales is None else scales.contiguous(), decoder,
              None if bias is None else bias.contiguous(), activation)  # fmt: skip
     if whole or not norm:
