@@ -142,7 +142,7 @@ def test_gradients_against_the_definition(shape, dtype, impl):
         ours = p.grads(lambda q: q.run(impl), grad)
         right = p.to(torch.float64).grads(Problem.dense, grad)
         # A row of small norm blows up its own rounding, in the reference as in any other way.
-        plain = p.grads(lambda q: q.run("reference") if norm else Problem.dense(q), grad)
+        plain = p.grads((lambda q: q.run("reference")) if norm else Problem.dense, grad)
         for a, b, c in zip(ours[1:], right[1:], plain[1:], strict=True):
             assert a.dtype == dtype and a.shape == b.shape
             limit = {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, torch.finfo(dtype).eps)
