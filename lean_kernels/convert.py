@@ -243,6 +243,10 @@ def _replace_linear(model: nn.Module, match: Match) -> Entry:
         source = f"the break-even measured for {device_kind(weight.device)}"
     if density > limit:
         return Entry.of(name, linear, f"density {density:.3g} is above {limit:.3g}, {source}")
+    stored = int(mask.sum()) * shape[0] * shape[1]
+    if stored > 2 * weight.numel():
+        why = f"blocks of {shape[0]}x{shape[1]} would hold {stored} numbers, most of them padding"
+        return Entry.of(name, linear, f"{why}: the layer has {weight.numel()}")
     activation, fused, note = None, None, ""
     if rule.fuse_activation and len(match.names) == 1:
         activation, fused, note = _activation(model, name)

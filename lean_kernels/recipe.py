@@ -29,6 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MOST_SIDE = 1 << 16  # of a block; what the kernels take
 _SECTIONS = ("linear", "embedding", "tokens", "exits")
 
 
@@ -63,9 +64,11 @@ class LinearRule:
         if (
             not isinstance(shape, (list, tuple))
             or len(shape) != 2
-            or any(type(size) is not int or size < 1 for size in shape)
+            or any(type(size) is not int or not 1 <= size <= MOST_SIDE for size in shape)
         ):
-            raise ValueError(f"block_shape must be two positive integers, got {shape!r}")
+            raise ValueError(
+                f"block_shape must be two integers from 1 to {MOST_SIDE}, got {shape!r}"
+            )
         object.__setattr__(self, "block_shape", tuple(shape))
         check_fraction("density", self.density, zero=False)
         check_fraction("dense_above", self.dense_above, zero=True)

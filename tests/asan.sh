@@ -30,5 +30,10 @@ for isa in generic avx2 avx512; do
   python -m pytest -q -x -p no:cacheprovider --capture=sys \
     tests/ops/test_block_sparse_linear_errors.py \
     tests/ops/test_block_sparse_linear_gradients.py \
+    tests/ops/test_block_sparse_linear_int8.py \
     tests/ops/test_block_sparse_linear_properties.py
+  python -m pytest -q -x -p no:cacheprovider --capture=sys \
+    -k "cpu and not opcheck and not compile and not gradcheck" \
+    tests/ops/test_low_rank_embedding.py tests/ops/test_ngram_embedding_bag.py \
+    tests/ops/test_tensor_product_embedding.py tests/ops/test_tensor_train_embedding.py
 done

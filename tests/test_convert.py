@@ -82,6 +82,12 @@ def test_density_one_computes_the_same(model):
     torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_that_are_mostly_padding_leave_a_layer_dense(model):
+    convert(model, {"linear": {"layers.0.up": {"block_shape": [1024, 4096]}}})
+    assert type(model.layers[0].up) is nn.Linear
+    assert "most of them padding" in str(model.lean_report())
+
+
 def test_recipe_as_dataclass_dict_and_path(model, tmp_path):
     path = tmp_path / "r.toml"
     path.write_text('[linear."layers.0.up"]\ndensity = 0.5\n')

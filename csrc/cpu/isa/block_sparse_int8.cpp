@@ -241,7 +241,9 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
         // The next tile's output lines: the panel below, or the first one of the next strip.
         const S* ahead = i + 1 < panels.count ? y + height * p.ldy : y + kStrip - at * p.ldy;
-        for (int64_t r = 0; r < height; ++r) __builtin_prefetch(ahead + r * p.ldy, 1);
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t c = 0; c < kStrip; c += 64 / int64_t(sizeof(S)))
+            __builtin_prefetch(ahead + r * p.ldy + c, 1);
         const S* residual = nullptr;
         if (p.residual) {
           residual = static_cast<const S*>(p.residual) + row * p.ldr + out;
