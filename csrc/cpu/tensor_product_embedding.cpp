@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad
       mine.shares = static_cast<char*>(shares.mutable_data_ptr()) + at * p.order * share * itemsize;
       const int64_t sums = 2 * dnorm.size(1) * itemsize;
       mine.weight = static_cast<char*>(partial.mutable_data_ptr()) + task * sums;
-      std::memset(mine.weight, 0, sums);
+      if (sums) std::memset(mine.weight, 0, sums);
       if (!kernels.grads(p, end.rows, mine, work.pieces.data() + begin + at,
                          std::min(kTaskPieces, count - at), thread_scratch(bytes)))
         right = false;

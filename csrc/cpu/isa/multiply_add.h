@@ -47,7 +47,7 @@ struct BFloat16Pairs {
     return sum;
   }
   static LK_INLINE Vec<P> load_packed(const BFloat16* p) {
-    return load(reinterpret_cast<const P*>(p));
+    return (Vec<P>)_mm512_loadu_si512(p);
   }
   static LK_INLINE P pack_one(const BFloat16* p, int64_t left) {
     return P(p[0].bits | (left > 1 ? uint32_t(p[1].bits) << 16 : 0));
