@@ -61,7 +61,7 @@ case $stage in
     done
     ;;
   3)
-    device=cuda options="--suite numbers --budget 0.3"
+    device=cuda options="--suite numbers --budget 0.3 --save"
     [ -n "$dry" ] && device=cpu options="--quick --budget 0.02"
     cases=$("$python" -c 'from bench.registry import CASES; print(*CASES)')
     for case in ${CASES:-$cases}; do
@@ -69,8 +69,9 @@ case $stage in
       # shellcheck disable=SC2086
       step "bench-$case" 230 bash -c '"$@"; s=$?; [ $s = 3 ] || exit $s' - \
         "$python" -m bench.run "$case" --device $device $options \
-        --json "$out/$case.json" --markdown "$out/$case.md" --plot "$out/$case.png"
+        --json "$out/$case.json" --markdown "$out/$case.md"
     done
+    cp -r bench/results/nvidia-* "$out" 2> /dev/null  # what --save wrote, plots too
     ;;
   *)
     echo "bench/gpu.sh: unknown stage '$stage'; expected 0, 1, 2 or 3" >&2
