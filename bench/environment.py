@@ -15,7 +15,7 @@ import torch
 from lean_kernels import _extension
 
 _ROOT = Path(__file__).parent.parent
-_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile")
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
 _PACKAGES = ("numpy", "transformers", "triton", "onnxruntime", "openvino")
 
 
@@ -90,7 +90,9 @@ def device_slug(environment: dict) -> str:
     if "gpu" in environment:
         name = environment["gpu"]
     else:
-        isa = "avx512" if "avx512f" in environment["isa"] else environment["torch_isa"]
+        found = {"amx_bf16": "amx", "avx512f": "avx512"}
+        names = [name for flag, name in found.items() if flag in environment["isa"]]
+        isa = names[0] if names else environment["torch_isa"]
         name = f"{environment['cpu']} {isa} {environment['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(r\)|\(tm\)|@", " ", name.lower())).strip("-")
 

@@ -119,7 +119,7 @@ def test_the_best_instruction_set_is_the_default():
 
 
 @compiled
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
 def test_numerics_of_each_instruction_set(isa):
     if isa not in available_isas():
         pytest.skip(f"this processor, or this build, has no {isa}")

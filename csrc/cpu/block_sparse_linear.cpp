@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
 constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
-constexpr double kSerialFlop = 5e5;    // below this a second thread costs more than it brings
+constexpr double kSerialFlop = 5e5;    // of it, below which a second thread costs more than it brings
 // Larger weights are not real, and could overflow the sizes computed from them.
 constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
 constexpr int64_t kMostBlockColumns = 0x7fffffff;  // what int32 indices can name
@@ -95,12 +95,11 @@ int64_t split_groups(const BlockMatrix& w, int64_t i, int64_t parts) {
 
 void run_product(const Product& p, const BlockSparseKernels& kernels) {
   if (p.rows == 0) return;
-  const int64_t entries = p.w.ptr[p.w.groups];
-  // Reading a weight takes the time of two multiply-adds with it.
-  const double flop = 2.0 * std::max<int64_t>(p.rows, 2) * entries * p.w.block_in * p.w.block_out +
-                      16.0 * p.rows * p.out_features;
-  const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
   const RowSplit split = kernels.product_rows(p);
+  const int64_t weights = p.w.ptr[p.w.groups] * p.w.block_in * p.w.block_out;
+  const double flop = 2.0 * std::max<int64_t>(p.rows, split.per_weight) * weights +
+                      16.0 * p.rows * p.out_features;
+  const int64_t threads = flop < split.serial ? 1 : torch::stable::get_num_threads();
   const int64_t unit = split.unit, units = ceil_div(p.rows, unit);
   int64_t chunks = ceil_div(p.rows, split.most / unit * unit);
   if (chunks > threads) {

@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "isa.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <torch/csrc/stable/ops.h>
 
@@ -37,6 +44,34 @@ CpuKernels avx512_kernels() {
   if (!__builtin_cpu_supports("avx512vnni")) kernels.block_sparse_int8 = avx2::block_sparse_int8;
   return kernels;
 }
+
+CpuKernels amx_kernels() {
+  CpuKernels kernels = avx512_kernels();
+  static BlockSparseKernels block_sparse[kDtypes];
+  std::copy_n(kernels.block_sparse, int(kDtypes), block_sparse);
+  BlockSparseKernels pairs = avx512::amx.block_sparse_bfloat16;
+  pairs.outer_pack = block_sparse[kBFloat16].outer_pack;
+  pairs.outer = block_sparse[kBFloat16].outer;
+  block_sparse[kBFloat16] = pairs;
+  kernels.name = "amx";
+  kernels.block_sparse = block_sparse;
+  kernels.block_sparse_int8 = avx512::amx.block_sparse_int8;
+  return kernels;
+}
+
+// Whether the processor has AMX for bfloat16 and int8, and Linux lets this process use its state.
+bool amx_granted() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Candidate {
@@ -51,9 +86,11 @@ const CpuKernels& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  static const CpuKernels kAvx512 = avx512_kernels();
-  const Candidate candidates[] = {
-      {&kAvx512, avx512}, {&kAvx2, avx2}, {&kGeneric, true}};
+  static const CpuKernels kAvx512 = avx512_kernels(), kAmx = amx_kernels();
+  const Candidate candidates[] = {{&kAmx, avx512 && amx_granted()},
+                                  {&kAvx512, avx512},
+                                  {&kAvx2, avx2},
+                                  {&kGeneric, true}};
 #else
   const Candidate candidates[] = {{&kGeneric, true}};
 #endif

@@ -34,6 +34,15 @@ LEAN_KERNELS_DECLARE(avx2)
 LEAN_KERNELS_DECLARE(avx512)
 #undef LEAN_KERNELS_DECLARE
 
+// What processors with AMX do otherwise than others with AVX-512.
+struct AmxKernels {
+  BlockSparseKernels block_sparse_bfloat16;  // gradients of weights aside
+  BlockSparseKernels block_sparse_int8[kDtypes];
+};
+namespace avx512 {
+extern const AmxKernels amx;
+}
+
 struct CpuKernels {
   const char* name;
   const AddLayerNormKernel* add_layer_norm;

@@ -64,6 +64,9 @@ def test_shipped_files_load():
 
 def test_device_kind(monkeypatch):
     monkeypatch.delenv("LEAN_KERNELS_CPU_ISA", raising=False)
+    monkeypatch.setattr(module, "cpu_isa", lambda: "amx")
+    assert module.device_kind(CPU) == "cpu-amx"
+    monkeypatch.setattr(module, "cpu_isa", lambda: None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert module.device_kind(CPU) == "cpu-avx512"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")

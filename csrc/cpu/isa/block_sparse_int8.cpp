@@ -7,15 +7,11 @@
 #include "../isa.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "block_sparse_parts.h"
+#include "int8_rows.h"
 
 namespace lean_kernels {
 namespace {
-
-using Ints = Vec<int32_t>;
-constexpr int kLanes32 = kLanes<int32_t>;
 
 // Four weights of each of a vector's outputs, as the products want them.
 #if defined(__AVX512VNNI__)
@@ -71,51 +67,6 @@ LK_INLINE int32_t four_bytes(const uint8_t* p) {
   int32_t x;
   memcpy(&x, p, 4);
   return x;
-}
-
-// Rows of x as q + 128, [input block][rows][block_in], and their scales: x is about scale * q, q from
-// -127 to 127. A row that is not finite gets the scale NaN.
-template <class S>
-void quantise_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t block_in,
-                   float* wide, uint8_t* panel, int64_t panel_rows, float* scales) {
-  constexpr int W = kLanes<float>;
-  for (int64_t r = 0; r < rows; ++r, x += ldx) {
-    Vec<float> most = {}, check = {};
-    int64_t c = 0;
-    for (; c + W <= cols; c += W) {
-      const Vec<float> v = load_wide(x + c);
-      store(wide + c, v);
-      const Vec<float> size = v < 0.0f ? -v : v;
-      most = size > most ? size : most;
-      check += v * 0.0f;
-    }
-    float largest = 0, finite = 0;
-    for (int i = 0; i < W; ++i) {
-      largest = most[i] > largest ? most[i] : largest;
-      finite += check[i];
-    }
-    for (; c < cols; ++c) {
-      wide[c] = float(widen(x[c]));
-      largest = std::fabs(wide[c]) > largest ? std::fabs(wide[c]) : largest;
-      finite += wide[c] * 0.0f;
-    }
-    scales[r] = largest / 127.0f + finite;
-    const float inverse = largest > 1e-36f && finite == 0 ? 127.0f / largest : 0.0f;
-    uint8_t* to = panel + r * block_in;
-    for (int64_t b = 0; b < cols; b += block_in, to += panel_rows * block_in) {
-      const int64_t n = min_of(block_in, cols - b);
-      int64_t k = 0;
-#if defined(__AVX512F__)
-      for (; k + W <= n; k += W) {
-        const __m512i q = _mm512_cvtps_epi32(_mm512_loadu_ps(wide + b + k) * inverse);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k),
-                         _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
-      }
-#endif
-      for (; k < n; ++k) to[k] = uint8_t(int32_t(std::nearbyintf(wide[b + k] * inverse)) + 128);
-      for (; k < block_in; ++k) to[k] = 128;
-    }
-  }
 }
 
 // One group's entries; weights [entry][block_in / 4][block_out][4].
@@ -212,61 +163,37 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
   for (int64_t i = 0, at = 0; i < panels.count; ++i) {
     const int64_t height = panels.height + (i < panels.taller);
-    quantise_rows(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, wide,
+    quantise_rows<128>(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, wide,
                   xs + at * inputs, height, scales + at);
     at += height;
   }
   const TileInt8 run_taller = tile_int8_of_height<V, kInt8Rows>(panels.height + 1, w.block_in);
   const TileInt8 run_rest = tile_int8_of_height<V, kInt8Rows>(panels.height, w.block_in);
   int32_t sums[kInt8Rows * kStrip];
-  float tile[kInt8Rows * kStrip];
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g];
     Entries8 e{w.index + begin, w.ptr[g + 1] - begin, nullptr, w.block_stride, w.in_stride,
                w.block_in};
     for (int64_t o = 0; o < w.block_out; o += kStrip) {
-      const int64_t out = g * w.block_out + o, cols = min_of<int64_t>(kStrip, p.out_features - out);
-      if (cols <= 0) break;
+      const int64_t out = g * w.block_out + o;
+      if (out >= p.out_features) break;
+      const Int8Epilogue<S, V> epilogue(p, out);
       e.w = static_cast<const int8_t*>(w.values) + begin * w.block_stride + 4 * o;
-      float bias[kStrip] = {}, factor[kStrip] = {};
-      for (int64_t c = 0; c < cols; ++c) {
-        factor[c] = p.weight_scales[out + c];
-        if (p.bias) bias[c] = float(widen(static_cast<const S*>(p.bias)[out + c]));
-      }
       Ints init[V];
       correction<V>(e, init);
       for (int64_t i = 0, at = 0; i < panels.count; ++i) {
         const bool taller = i < panels.taller;
         const int64_t height = panels.height + taller, row = t.row_begin + at;
-        S* y = static_cast<S*>(p.y) + row * p.ldy + out;
         // The next tile's output lines: the panel below, or the first one of the next strip.
+        const S* y = epilogue.y(row);
         const S* ahead = i + 1 < panels.count ? y + height * p.ldy : y + kStrip - at * p.ldy;
         for (int64_t r = 0; r < height; ++r)
           for (int64_t c = 0; c < kStrip; c += 64 / int64_t(sizeof(S)))
             __builtin_prefetch(ahead + r * p.ldy + c, 1);
-        const S* residual = nullptr;
-        if (p.residual) {
-          residual = static_cast<const S*>(p.residual) + row * p.ldr + out;
+        if (const S* residual = epilogue.residual(row))
           for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
-        }
         (taller ? run_taller : run_rest)(e, xs + at * inputs, init, sums);
-        const auto scale_to = [&](float* to, int64_t ldt) {
-          for (int64_t r = 0; r < height; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-              const Ints sum = load(sums + (r * V + v) * kLanes32);
-              store(to + r * ldt + v * kLanes32,
-                    __builtin_convertvector(sum, Vec<float>) *
-                            (load(factor + v * kLanes32) * scales[at + r]) +
-                        load(bias + v * kLanes32));
-            }
-        };
-        if (sizeof(S) == sizeof(float) && cols == kStrip && !p.activation && !residual) {
-          scale_to(reinterpret_cast<float*>(y), p.ldy);
-        } else {
-          scale_to(tile, kStrip);
-          finish(p.activation, tile, kStrip, int(height), cols, residual, p.ldr, y, p.ldy);
-        }
+        epilogue.write(sums, scales + at, row, height);
         at += height;
       }
     }

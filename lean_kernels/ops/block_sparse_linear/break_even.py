@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from lean_kernels._extension import cpu_isa
+
 CONFIGS = Path(__file__).parent / "configs"
 NEVER_DENSE = 1.0  # no density is above it
 _LOG = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 def device_kind(device: torch.device) -> str:
     """The name under which measurements are shipped: "cpu-avx2", "cuda-sm90", ..."""
     if device.type == "cpu":
-        isa = os.environ.get("LEAN_KERNELS_CPU_ISA")
+        isa = os.environ.get("LEAN_KERNELS_CPU_ISA") or cpu_isa()
         capability = torch.backends.cpu.get_cpu_capability().lower()
         return f"cpu-{isa or {'default': 'generic'}.get(capability, capability)}"
     if device.type == "cuda":

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tile registers of AMX. Instructions are written as text, since the file they are used in is
+// compiled for AVX-512 alone; a compiler without AMX uses none of these registers itself.
+#pragma once
+
+#include "tiles.h"
+
+namespace lean_kernels {
+namespace {
+
+constexpr int kTileRows = 16;   // also the columns of 4 bytes
+constexpr int kTileBytes = 64;  // of a row
+
+// Registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, for the time of a task.
+class TileRegisters {
+ public:
+  // `depth`: bytes of a row of x, as many as one product sums over; at most 64, a multiple of 4.
+  explicit TileRegisters(int64_t depth) {
+    Config config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = i == 4 || i == 5 ? uint16_t(depth) : kTileBytes;
+      config.rows[i] = i >= 6 ? uint8_t(depth / 4) : kTileRows;
+    }
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+};
+
+template <int t>
+LK_INLINE void tile_load(const void* from, int64_t row_stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+               :
+               : "r"(from), "r"(row_stride), "i"(t)
+               : "memory");
+}
+template <int t>
+LK_INLINE void tile_store(void* to, int64_t row_stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
+               :
+               : "r"(to), "r"(row_stride), "i"(t)
+               : "memory");
+}
+// sums += x w: in float32 over pairs of bfloat16, or in int32 over fours of signed bytes.
+template <class Sum, int sums, int x, int w>
+LK_INLINE void tile_multiply() {
+  if constexpr (__is_same(Sum, float)) {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(x), "i"(w));
+  } else {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(x), "i"(w));
+  }
+}
+
+}  // namespace
+}  // namespace lean_kernels
