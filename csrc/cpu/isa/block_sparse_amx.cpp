@@ -2,13 +2,14 @@
 // block_sparse_linear by AMX: bfloat16, and int8 weights.
 //
 // A pair of tiles holds 32 rows of x, another 32 outputs' weights of one entry: four products of
-// 16 x 16 sums for four loads. x is packed by panels of 16 rows, and rows past the last are computed
-// and dropped, so that a row's result does not depend on the batch. Bfloat16 weights are packed into
-// pairs of inputs group by group; int8 weights lie as the tiles want them.
+// 16 x 16 sums for four loads. Bfloat16 weights are packed into pairs of inputs, group by group, and x
+// is read where it is; int8 weights lie as the tiles want them, and x is packed as it is rounded.
+// Rows past the last are computed and dropped: a row's result does not depend on the batch.
 #include "../isa.h"
 
 #if defined(__AVX512F__)
 #include <algorithm>
+#include <array>
 
 #include "amx_tiles.h"
 #include "bfloat16_pairs.h"
@@ -33,13 +34,13 @@ bool fits_tiles(const BlockMatrix& w, int64_t size) {
 
 // What the products of a group walk over; strides in bytes.
 struct Walk {
-  const int32_t* index;
-  int64_t count;                     // entries
-  int64_t steps, depth;              // products of an entry, bytes of x each
-  const char* x;                     // [panel][input block][16 rows][block]
+  const int32_t* index = nullptr;
+  int64_t count = 0;            // entries
+  int64_t steps, depth;         // products of an entry, bytes of x each
+  const char* x = nullptr;      // [panel][input block][16 rows][block]
   int64_t x_panel, x_block, x_row;
-  const char* w;                     // [strip][entry][step] tiles of rows
-  int64_t w_strip, w_entry, w_step, w_row;
+  const char* w = nullptr;      // [strip][entry][step] tiles of rows
+  int64_t w_strip = 0, w_entry, w_step, w_row;
 };
 
 // out [16 A, 16 B] = init + the products of A panels of rows and B strips of outputs.
@@ -111,28 +112,61 @@ void finish_pairs(const Product& p, const float* sums, int64_t row, int64_t heig
   finish(p.activation, sums, kCols, int(height), cols, residual, p.ldr, y, p.ldy);
 }
 
+// A group's weights as [strip][entry][pair of inputs][16 outputs].
+void pack_weights(const BlockMatrix& w, int64_t begin, int64_t end, int32_t* to) {
+  if (w.out_stride != 1 || w.block_out % (2 * kStrip) || w.block_in % 2)
+    return pack_blocks<BFloat16>(w, begin, end, kStrip, to);
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<int16_t, 64> order{};
+    for (int i = 0; i < 64; ++i) order[i] = int16_t(i / 2 + (i % 2 ? 32 : 0));
+    return order;
+  }();
+  const __m512i low = _mm512_load_si512(kOrder.data()), high = _mm512_load_si512(&kOrder[32]);
+  const int64_t entry = w.block_in / 2 * kStrip, strip = (end - begin) * entry;
+  for (int64_t e = begin; e < end; ++e, to += entry) {
+    const BFloat16* from = static_cast<const BFloat16*>(w.values) +
+                           (w.position ? w.position[e] : e) * w.block_stride;
+    for (int64_t o = 0; o < w.block_out; o += 2 * kStrip) {
+      int32_t* at = to + o / kStrip * strip;
+      for (int64_t i = 0; i < w.block_in; i += 2, at += kStrip) {
+        const __m512i even = _mm512_loadu_si512(from + i * w.in_stride + o);
+        const __m512i odd = _mm512_loadu_si512(from + (i + 1) * w.in_stride + o);
+        _mm512_storeu_si512(at, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_storeu_si512(at + strip, _mm512_permutex2var_epi16(even, high, odd));
+      }
+    }
+  }
+}
+
 void product_pairs(const Product& p, const Range& t, void* scratch) {
   const BlockMatrix& w = p.w;
   if (!fits_tiles(w, sizeof(BFloat16)))
     return LEAN_KERNELS_ISA::block_sparse[kBFloat16].product(p, t, scratch);
   const int64_t rows = t.row_end - t.row_begin, block = w.block_in * sizeof(BFloat16);
-  const int64_t depth = tile_depth(block), x_panel = kTileRows * padded_inputs(p) * 2;
+  const int64_t depth = tile_depth(block), panel = kTileRows * padded_inputs(p) * 2;
+  constexpr int64_t kPair = 2 * kTileRows;
+  // Whole pairs of panels are read where they are, unless the last block is over the edge.
+  const int64_t in_place = p.in_features % w.block_in == 0 ? rows / kPair * kPair : 0;
   char* xs = static_cast<char*>(scratch);
   char* packed = xs + panel_bytes(p, rows, sizeof(BFloat16));
   const BFloat16* x = static_cast<const BFloat16*>(p.x) + t.row_begin * p.ldx;
-  each_panel(rows, [&](int64_t at, int64_t height) {
-    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in,
-               reinterpret_cast<int32_t*>(xs + at / kTileRows * x_panel), kTileRows);
+  each_panel(rows - in_place, [&](int64_t at, int64_t height) {
+    pack_panel(x + (in_place + at) * p.ldx, p.ldx, height, p.in_features, w.block_in,
+               reinterpret_cast<int32_t*>(xs + at / kTileRows * panel), kTileRows);
   });
   const TileRegisters registers(depth);
   alignas(64) float sums[kMostSums], bias[2 * kStrip];
+  Walk packed_rows{.steps = block / depth, .depth = depth, .x = xs, .x_panel = panel,
+                   .x_block = kTileRows * block, .x_row = block, .w_entry = block / 4 * kTileBytes,
+                   .w_step = depth / 4 * kTileBytes, .w_row = kTileBytes};
+  Walk given_rows = packed_rows;
+  given_rows.x = reinterpret_cast<const char*>(x);
+  given_rows.x_row = p.ldx * 2;
+  given_rows.x_panel = kTileRows * given_rows.x_row;
+  given_rows.x_block = block;
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g], count = w.ptr[g + 1] - begin;
-    pack_blocks<BFloat16>(w, begin, begin + count, kStrip, reinterpret_cast<int32_t*>(packed));
-    const int64_t w_entry = block / 4 * kTileBytes;
-    Walk walk{w.index + begin, count, block / depth, depth,   xs,      x_panel,
-              kTileRows * block, block, packed, count * w_entry, w_entry, depth / 4 * kTileBytes,
-              kTileBytes};
+    pack_weights(w, begin, begin + count, reinterpret_cast<int32_t*>(packed));
     for (int64_t o = 0; o < w.block_out; o += 2 * kStrip) {
       const int64_t out = g * w.block_out + o;
       if (out >= p.out_features) break;
@@ -141,10 +175,14 @@ void product_pairs(const Product& p, const Range& t, void* scratch) {
         bias[c] = p.bias && out + c < p.out_features
                       ? widen(static_cast<const BFloat16*>(p.bias)[out + c])
                       : 0;
-      walk.w = packed + o / kStrip * walk.w_strip;
-      for (int64_t at = 0; at < rows; at += 2 * kTileRows) {
-        const int64_t height = min_of<int64_t>(2 * kTileRows, rows - at);
-        walk.x = xs + at / kTileRows * x_panel;
+      for (int64_t at = 0; at < rows; at += kPair) {
+        const int64_t height = min_of(kPair, rows - at);
+        Walk walk = at < in_place ? given_rows : packed_rows;
+        walk.index = w.index + begin;
+        walk.count = count;
+        walk.w_strip = count * walk.w_entry;
+        walk.w = packed + o / kStrip * walk.w_strip;
+        walk.x += (at < in_place ? at : at - in_place) / kTileRows * walk.x_panel;
         if (two) {
           sum_rows<float, 2>(walk, height, bias, sums);
           finish_pairs<2>(p, sums, t.row_begin + at, height, out);
@@ -174,9 +212,10 @@ void product_bytes_by(const Product& p, const Range& t, void* scratch) {
   alignas(64) const int32_t zeros[2 * kStrip] = {};
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g];
-    Walk walk{w.index + begin, w.ptr[g + 1] - begin, w.block_in / depth, depth, nullptr, x_panel,
-              kTileRows * w.block_in, w.block_in, nullptr, kTileBytes, w.block_stride,
-              depth / 4 * w.in_stride, w.in_stride};
+    Walk walk{.index = w.index + begin, .count = w.ptr[g + 1] - begin,
+              .steps = w.block_in / depth, .depth = depth, .x_panel = x_panel,
+              .x_block = kTileRows * w.block_in, .x_row = w.block_in, .w_strip = kTileBytes,
+              .w_entry = w.block_stride, .w_step = depth / 4 * w.in_stride, .w_row = w.in_stride};
     for (int64_t o = 0; o < w.block_out; o += B * kStrip) {
       const int64_t out = g * w.block_out + o;
       if (out >= p.out_features) break;
