@@ -53,7 +53,11 @@ CpuKernels amx_kernels() {
   pairs.outer_pack = block_sparse[kBFloat16].outer_pack;
   pairs.outer = block_sparse[kBFloat16].outer;
   block_sparse[kBFloat16] = pairs;
+  static AttentionKernels attention[kDtypes];
+  std::copy_n(kernels.attention, int(kDtypes), attention);
+  attention[kBFloat16] = avx512::amx_attention;
   kernels.name = "amx";
+  kernels.attention = attention;
   kernels.block_sparse = block_sparse;
   kernels.block_sparse_int8 = avx512::amx.block_sparse_int8;
   return kernels;

@@ -41,6 +41,7 @@ struct AmxKernels {
 };
 namespace avx512 {
 extern const AmxKernels amx;
+extern const AttentionKernels amx_attention;  // of bfloat16
 }
 
 struct CpuKernels {

@@ -49,6 +49,10 @@ LK_INLINE void tile_store(void* to, int64_t row_stride) {
                : "r"(to), "r"(row_stride), "i"(t)
                : "memory");
 }
+template <int t>
+LK_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(t));
+}
 // sums += x w: in float32 over pairs of bfloat16, or in int32 over fours of signed bytes.
 template <class Sum, int sums, int x, int w>
 LK_INLINE void tile_multiply() {

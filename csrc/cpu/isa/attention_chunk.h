@@ -89,21 +89,24 @@ void cut(const Attention& p, const AttentionTask& t, Chunks& all, Chunk& c) {
 }
 
 // The same for up to four vectors.
-template <class A>
-LK_INLINE void exponentiate_last(A* s, int64_t count, Vec<A> shift, Vec<A>& sum) {
+template <class A, class Keep>
+LK_INLINE void exponentiate_last(const A* s, int64_t j, int64_t count, Vec<A> multiplier,
+                                 Vec<A> shift, Vec<A>& sum, Keep keep) {
   switch (count) {
-    case 1: return exponentiate<1>(s, shift, sum);
-    case 2: return exponentiate<2>(s, shift, sum);
-    case 3: return exponentiate<3>(s, shift, sum);
+    case 1: return exponentiate<1>(s, j, multiplier, shift, sum, keep);
+    case 2: return exponentiate<2>(s, j, multiplier, shift, sum, keep);
+    case 3: return exponentiate<3>(s, j, multiplier, shift, sum, keep);
   }
 }
 
-// Rows s [rows, columns] of a chunk <- 2^(s - largest of the row) over the columns computed for
-// each, 0 for keys the row does not see: those past `keys`, and where the chunk is limited those
-// outside of its span. Gives the factor that normalises each row (0 where nothing is seen) and the
-// natural logarithm of the sum of 2^s. `factors` and `lse` have room for whole vectors.
-template <class A>
-void softmax(const Chunk& c, A* s, int64_t stride, int64_t keys, A* factors, A* lse) {
+// Hands keep(row, column, vector) 2^(t - largest of the row), t = multiplier s > 0, of rows s
+// [rows, columns] of a chunk over the columns computed for each, 0 for keys the row does not see:
+// those past `keys`, and where the chunk is limited those outside of its span. Gives the factor that
+// normalises each row (0 where nothing is seen) and the natural logarithm of the sum of 2^t.
+// `factors` and `lse` have room for whole vectors.
+template <class A, class Keep>
+void softmax(const Chunk& c, A multiplier, A* s, int64_t stride, int64_t keys, A* factors, A* lse,
+             Keep keep) {
   constexpr int W = kLanes<A>;
   const A lowest = -A(__builtin_inf());
   const int64_t tail = c.keys.end - W;  // with keys past the last
@@ -130,7 +133,8 @@ void softmax(const Chunk& c, A* s, int64_t stride, int64_t keys, A* factors, A* 
       top[r] = max_of(even, odd);
     }
     for (int64_t r = rows; r < W; ++r) top[r] = splat(A(0));
-    const Vec<A> largest = reduce_lanes<A>(top, [](Vec<A> a, Vec<A> b) { return max_of(a, b); });
+    const Vec<A> largest = reduce_lanes<A>(top, [](Vec<A> a, Vec<A> b) { return max_of(a, b); }) *
+                           splat(multiplier);
     A shifts[W];
     store(shifts, largest == splat(lowest) ? splat(A(0)) : largest);
     Vec<A> sums[W];
@@ -140,8 +144,10 @@ void softmax(const Chunk& c, A* s, int64_t stride, int64_t keys, A* factors, A* 
       const Vec<A> shift = splat(shifts[r]);
       Vec<A> sum = {};
       int64_t j = span.begin;
-      for (; j + 4 * W <= span.end; j += 4 * W) exponentiate<4>(row + j, shift, sum);
-      exponentiate_last(row + j, (span.end - j) / W, shift, sum);
+      const auto keep_here = [&](int64_t at, Vec<A> v) { keep(begin + r, at, v); };
+      for (; j + 4 * W <= span.end; j += 4 * W)
+        exponentiate<4>(row, j, splat(multiplier), shift, sum, keep_here);
+      exponentiate_last(row, j, (span.end - j) / W, splat(multiplier), shift, sum, keep_here);
       sums[r] = sum;
     }
     for (int64_t r = rows; r < W; ++r) sums[r] = splat(A(1));
@@ -156,17 +162,19 @@ struct Sizes {
   int64_t keys, keys_padded, dim_padded, score_stride, panels, chunk;  // of a chunk, and its rows
 
   template <class A>
-  static Sizes of(const Attention& p, const AttentionTask& t, int64_t most_panels) {
+  static Sizes of(const Attention& p, const AttentionTask& t, int64_t most_panels,
+                  int64_t panel_rows = kWideRows) {
     constexpr int64_t W = kLanes<A>, kLine = 64 / sizeof(A);
     Sizes s;
     s.keys = t.key_end - t.key_begin;
     s.keys_padded = round_up(s.keys, W);
     s.dim_padded = round_up(p.dim, W);
-    // An odd number of cache lines, so that rows do not fall onto the same ones.
-    s.score_stride = (ceil_div(s.keys_padded, kLine) | 1) * kLine;
+    // Odd numbers of pairs of cache lines, so that rows do not fall onto the same ones; their
+    // halves once rounded are whole lines.
+    s.score_stride = (ceil_div(s.keys_padded, 2 * kLine) | 1) * 2 * kLine;
     const int64_t fitting = kChunkBytes / int64_t(sizeof(A)) / s.score_stride;
-    s.panels = max_of<int64_t>(min_of(fitting / kWideRows, most_panels), 1);
-    s.chunk = s.panels * kWideRows;
+    s.panels = max_of<int64_t>(min_of(fitting / panel_rows, most_panels), 1);
+    s.chunk = s.panels * panel_rows;
     return s;
   }
 };

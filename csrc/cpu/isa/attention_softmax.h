@@ -109,15 +109,16 @@ LK_INLINE void fill_outside(A* s, Span span, Span seen, A value) {
   for (; j < span.end; j += W) fix(j);
 }
 
-// Count vectors of s become 2^(s - shift); adds them to sum.
-template <int count, class A>
-LK_INLINE void exponentiate(A* s, Vec<A> shift, Vec<A>& sum) {
+// Adds 2^(multiplier s - shift) of count vectors of s from column j on to sum, and keeps them.
+template <int count, class A, class Keep>
+LK_INLINE void exponentiate(const A* s, int64_t j, Vec<A> multiplier, Vec<A> shift, Vec<A>& sum,
+                            Keep keep) {
   Vec<A> v[count] = {};
 #pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) v[i] = load(s + i * kLanes<A>) - shift;
+  for (int i = 0; i < count; ++i) v[i] = load(s + j + i * kLanes<A>) * multiplier - shift;
   exp2_each(v);
 #pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) store(s + i * kLanes<A>, v[i]);
+  for (int i = 0; i < count; ++i) keep(j + i * kLanes<A>, v[i]);
 #pragma GCC unroll 4
   for (int i = 1; i < count; ++i) v[0] += v[i];
   sum += v[0];

@@ -72,12 +72,17 @@ struct Strips {
   int64_t step, ld;
 };
 
-// Packs them, zeros past the edge.
+// Packs them, zeros past the edge, and whole tiles of packed rows where the products want them.
 template <class M, class S, class P = typename M::P>
 Strips<P> pack_strips(const S* from, int64_t ld, int64_t rows, int64_t dim, P* to) {
   constexpr int W = kLanes<P>, K = M::kInputs;
-  const int64_t packed = ceil_div(rows, K);
-  for (int64_t j = 0; j < packed; ++j, from += K * ld) {
+  const int64_t filled = ceil_div(rows, K), packed = M::kTiles ? round_up(filled, W) : filled;
+  for (int64_t c = 0; c < dim; c += 2 * W) {
+    const int64_t width = dim - c > W ? 2 * W : W;
+    for (int64_t i = filled * width; i < packed * width; i += W)
+      store(to + c * packed + i, splat(P(0)));
+  }
+  for (int64_t j = 0; j < filled; ++j, from += K * ld) {
     for (int64_t i = kRowsAhead; i < min_of<int64_t>(kRowsAhead + K, rows - j * K); ++i)
       prefetch_row(from + i * ld, dim);
     for (int64_t c = 0; c < dim; c += 2 * W) {

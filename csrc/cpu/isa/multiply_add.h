@@ -2,7 +2,7 @@
 // How register tiles multiply: packed elements of type P hold kInputs inputs each.
 #pragma once
 
-#include "vec.h"
+#include "tiles.h"
 
 namespace lean_kernels {
 namespace {
@@ -12,6 +12,8 @@ struct MultiplyAdd {
   using A = A_;
   using P = A_;
   static constexpr int kInputs = 1;
+  static constexpr bool kTiles = false;
+  static constexpr int kPanelRows = kWideRows;
 
   static LK_INLINE Vec<A> add(Vec<A> sum, Vec<P> w, P x) { return sum + w * x; }
   // A vector of packed elements, and one of which `left` inputs are there.
@@ -36,6 +38,8 @@ struct BFloat16Pairs {
   using A = float;
   using P = int32_t;
   static constexpr int kInputs = 2;
+  static constexpr bool kTiles = false;
+  static constexpr int kPanelRows = kWideRows;
 
   // AMD's cores multiply a vector of pairs in the time of one of float32, Intel's without AMX in
   // twice that time.

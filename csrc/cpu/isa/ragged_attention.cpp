@@ -8,20 +8,29 @@
 // twice, however long the sequence is. All sums run in an order that depends on the sequence alone.
 #include "../isa.h"
 
-#include "attention_chunk.h"
+#include "attention_amx.h"
 
 namespace lean_kernels {
 namespace {
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <class S>
+template <class M>
+struct ForwardSizes : Sizes {
+  int64_t rows;  // that a chunk's arrays have room for
+
+  ForwardSizes(const Attention& p, const AttentionTask& t)
+      : Sizes(of<typename M::A>(p, t, kForwardPanels, M::kPanelRows)),
+        rows(chunk + (M::kTiles ? M::kPanelRows : 0)) {}
+};
+
+template <class M>
 size_t forward_scratch(const Attention& p, const AttentionTask& t) {
-  using A = typename Accumulator<S>::type;
-  const Sizes z = Sizes::of<A>(p, t, kForwardPanels);
-  return sizeof(A) * (z.keys_padded * p.dim + (z.keys + 1) * z.dim_padded + z.chunk * p.dim +
-                      z.chunk * z.score_stride + z.chunk * z.dim_padded +
-                      z.chunk * z.score_stride / 2 + p.group * z.keys_padded + 8 * 64);
+  const ForwardSizes<M> z(p, t);
+  return sizeof(typename M::A) *
+         (z.keys_padded * p.dim + (z.keys_padded + 1) * z.dim_padded + z.rows * p.dim +
+          z.rows * z.score_stride * 3 / 2 + z.rows * z.dim_padded + p.group * z.keys_padded +
+          8 * 64);
 }
 
 // Adds each row's probabilities, weights[r] * factor[r], to its head's column sums.
@@ -54,18 +63,18 @@ void forward_by(const Attention& p, const AttentionTask& t, const AttentionTask*
   using P = typename M::P;
   constexpr int W = kLanes<A>, K = M::kInputs;
   static_assert(sizeof(P) == sizeof(A));
-  const Sizes z = Sizes::of<A>(p, t, kForwardPanels);
+  const ForwardSizes<M> z(p, t);
   const Sequence& s = t.sequence;
   const int64_t all_rows = (t.row_end - t.row_begin) * p.group, first_head = t.key_head * p.group;
   const int64_t depth = ceil_div(p.dim, K);
   const bool whole = whole_vectors<S, A>(p.dim);
   Arena<A> arena{static_cast<A*>(scratch)};
   P* keys = reinterpret_cast<P*>(arena.take(z.keys_padded * p.dim));
-  P* packed_values = reinterpret_cast<P*>(arena.take((z.keys + 1) * z.dim_padded));
-  P* packed_rows = reinterpret_cast<P*>(arena.take(z.chunk * p.dim));
-  S* rounded = reinterpret_cast<S*>(arena.take(z.chunk * z.score_stride / 2));  // weights, if K > 1
-  A* weights = arena.take(z.chunk * z.score_stride);
-  A* sums = arena.take(z.chunk * z.dim_padded);
+  P* packed_values = reinterpret_cast<P*>(arena.take((z.keys_padded + 1) * z.dim_padded));
+  P* packed_rows = reinterpret_cast<P*>(arena.take(z.rows * p.dim));
+  S* rounded = reinterpret_cast<S*>(arena.take(z.rows * z.score_stride / 2));  // weights, if K > 1
+  A* weights = arena.take(z.rows * z.score_stride);
+  A* sums = arena.take(z.rows * z.dim_padded);
   A* column_sums = arena.take(p.group * z.keys_padded);
 
   const int64_t first_key = s.key + t.key_begin;
@@ -81,7 +90,7 @@ void forward_by(const Attention& p, const AttentionTask& t, const AttentionTask*
     for (int64_t i = 0; i < p.group * z.keys_padded; ++i) column_sums[i] = 0;
 
   Chunk c;
-  Chunks all{Panels(all_rows, kWideRows), z.panels};
+  Chunks all{Panels(all_rows, M::kPanelRows), z.panels};
   Prefetcher prefetcher = Prefetcher::of(p, t, next, all.panels.count, z.chunk, S());
   while (!all.done()) {
     cut<A>(p, t, all, c);
@@ -102,11 +111,21 @@ void forward_by(const Attention& p, const AttentionTask& t, const AttentionTask*
       for (int64_t r = 0; r < c.rows; ++r)
         pack_row<M>(query_at(r), p.dim, packed_rows + r * depth, depth);
     }
-    multiply_keys<M>(c, rows, row_stride, keys, z.keys, depth, A(p.scale * 1.4426950408889634),
-                     weights, z.score_stride, &prefetcher);
+    const A multiplier = A(p.scale * 1.4426950408889634);
+    if constexpr (M::kTiles) {
+      tiles_of_keys(c, rows, row_stride, keys, z.keys, depth, weights, z.score_stride, prefetcher);
+    } else {
+      multiply_keys<M>(c, rows, row_stride, keys, z.keys, depth, multiplier, weights,
+                       z.score_stride, &prefetcher);
+    }
 
     A factors[kChunkRows + W], lse[kChunkRows + W];
-    softmax(c, weights, z.score_stride, z.keys, factors, lse);
+    softmax(c, M::kTiles ? multiplier : A(1), weights, z.score_stride, z.keys, factors, lse,
+            [&](int64_t r, int64_t j, Vec<A> v) {
+              const int64_t at = r * z.score_stride + j;
+              if (K == 1 || p.scores) store(weights + at, v);
+              if constexpr (K > 1) M::store_rounded(rounded + at, v);
+            });
     for (int64_t r = 0; r < c.rows; ++r)
       static_cast<A*>(p.lse)[(s.query + c.row[r]) * p.heads + first_head + c.head[r]] = lse[r];
 
@@ -117,14 +136,18 @@ void forward_by(const Attention& p, const AttentionTask& t, const AttentionTask*
         if (c.panel[i].one_head && c.panel[i].keys.end)
           outputs[i] = reinterpret_cast<A*>(out_at(c.panel[i].begin));
     const P* probabilities = reinterpret_cast<const P*>(weights);
-    if constexpr (K > 1) {
-      for (int64_t r = 0; r < c.rows; ++r)
-        for (int64_t at = r * z.score_stride, j = c.keys.begin; j < c.keys.end; j += W)
-          M::store_rounded(rounded + at + j, load(weights + at + j));
-      probabilities = reinterpret_cast<const P*>(rounded);
+    if constexpr (K > 1) probabilities = reinterpret_cast<const P*>(rounded);
+    if constexpr (M::kTiles) {
+      for (int64_t i = 0; i < c.panels; ++i)
+        if (const int64_t end = c.panel[i].keys.end; end % (2 * W))
+          for (int64_t r = c.panel[i].begin; r < c.panel[i].begin + c.panel[i].rows; ++r)
+            M::store_rounded(rounded + r * z.score_stride + end, Vec<A>{});
+      tiles_of_values(c, probabilities, z.score_stride / K, values, p.dim, sums, z.dim_padded,
+                      prefetcher);
+    } else {
+      multiply_values<M>(c, probabilities, z.score_stride / K, values, z.keys, p.dim, sums,
+                         z.dim_padded, outputs, p.heads * p.dim, factors, &prefetcher);
     }
-    multiply_values<M>(c, probabilities, z.score_stride / K, values, z.keys, p.dim, sums,
-                       z.dim_padded, outputs, p.heads * p.dim, factors, &prefetcher);
     for (int64_t i = 0; i < c.panels; ++i)
       if (!outputs[i])
         for (int64_t r = c.panel[i].begin; r < c.panel[i].begin + c.panel[i].rows; ++r)
@@ -158,6 +181,19 @@ void forward(const Attention& p, const AttentionTask& t, const AttentionTask* ne
 #endif
   forward_by<S, MultiplyAdd<typename Accumulator<S>::type>>(p, t, next, scratch);
 }
+
+#if defined(__AVX512F__)
+size_t tiles_scratch(const Attention& p, const AttentionTask& t) {
+  return BFloat16Tiles::fit(p) ? forward_scratch<BFloat16Tiles>(p, t)
+                               : forward_scratch<MultiplyAdd<float>>(p, t);
+}
+void forward_by_tiles(const Attention& p, const AttentionTask& t, const AttentionTask* next,
+                      void* scratch) {
+  if (!BFloat16Tiles::fit(p)) return forward<BFloat16>(p, t, next, scratch);
+  const TileRegisters registers(kTileBytes);
+  forward_by<BFloat16, BFloat16Tiles>(p, t, next, scratch);
+}
+#endif
 
 // ---- gradients ----------------------------------------------------------------------------------
 
@@ -250,7 +286,8 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
                      weights, stride);
     multiply_keys<M>(c, upstream, padded, values, z.keys, p.dim, A(1), slopes, stride);
     A factors[kChunkRows + W], lse[kChunkRows + W];
-    softmax(c, weights, stride, z.keys, factors, lse);
+    softmax(c, A(1), weights, stride, z.keys, factors, lse,
+            [&](int64_t r, int64_t j, Vec<A> v) { store(weights + r * stride + j, v); });
     for (int64_t i = 0; i < c.panels; ++i) {
       const Span span = c.panel[i].keys;
       for (int64_t r = c.panel[i].begin, end = r + c.panel[i].rows; r < end; ++r) {
@@ -304,7 +341,8 @@ void grad(const Attention& p, const AttentionTask& t, void* scratch) {
 
 template <class S>
 constexpr AttentionKernels attention_kernels() {
-  return {forward_scratch<S>, forward<S>, grad_scratch<S>, grad<S>};
+  return {forward_scratch<MultiplyAdd<typename Accumulator<S>::type>>, forward<S>, grad_scratch<S>,
+          grad<S>};
 }
 
 }  // namespace
@@ -312,5 +350,10 @@ constexpr AttentionKernels attention_kernels() {
 const AttentionKernels LEAN_KERNELS_ISA::attention[kDtypes] = {
     attention_kernels<float>(), attention_kernels<BFloat16>(), attention_kernels<Float16>(),
     attention_kernels<double>()};
+
+#if defined(__AVX512F__)
+const AttentionKernels LEAN_KERNELS_ISA::amx_attention = {tiles_scratch, forward_by_tiles,
+                                                          grad_scratch<BFloat16>, grad<BFloat16>};
+#endif
 
 }  // namespace lean_kernels
