@@ -3,7 +3,8 @@
 
 The dense model carries the same masked weights and the attention that transformers picks for it
 (SDPA). "compiled", ONNX Runtime and OpenVINO run that dense model in float32 on as many threads,
-where their packages are installed. All under torch.no_grad().
+where their packages are installed. With int8 weights the others are our float32, dense float32 and
+the dense model as ONNX Runtime quantises it dynamically. All under torch.no_grad().
 """
 
 import copy
@@ -34,12 +35,19 @@ SIZES = {
     },
 }
 ABSOLUTE, BROKEN = 1e-6, 1e-4  # relative RMS allowed to us at least, and to the others
+# Rounding to 1 / 127 of the largest of some 1000 normal numbers, 3.3 standard deviations, puts an
+# error of 3.3 / 127 / sqrt(12) on x, as much on W, and so 1.1 % on their product. The sums that
+# layers add their products to are the larger part of them: no more of it arrives at the end.
+ROUNDED = 0.011
+BROKEN_INT8 = 5e-2  # ONNX Runtime has one scale for all rows of x, and one for all of W
 SETTLE = 0.02  # seconds until the idle threads of the other runtimes have gone to sleep
 
 
 @dataclass(frozen=True)
 class Config:
-    """One point. `peers`: "dense", or "all" for compilation and the other runtimes too."""
+    """One point. `weight_dtype`: "float32", or "int8" for ours to hold and multiply. `peers`:
+    "dense", or "all" for compilation and the other runtimes too.
+    """
 
     size: str = "base"
     batch: int = 8
@@ -47,6 +55,7 @@ class Config:
     density: float = 0.2
     block: str = "32x32"
     mask: str = "uniform"
+    weight_dtype: str = "float32"
     peers: str = "dense"
 
 
@@ -86,8 +95,8 @@ def _bytes(modules: Sequence[nn.Module]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _onnx_runtimes(model: nn.Module, inputs: tuple[Tensor, ...], threads: int):
-    """ONNX Runtime and OpenVINO on one export, whichever are installed."""
+def _onnx_runtimes(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, int8: bool):
+    """ONNX Runtime and OpenVINO on one export, whichever are installed; int8: the former alone."""
     if find_spec("onnxscript") is None:
         return {}
     names = ("input_ids", "attention_mask")
@@ -105,11 +114,21 @@ def _onnx_runtimes(model: nn.Module, inputs: tuple[Tensor, ...], threads: int):
                 dynamo=True,
                 verbose=False,
             )
-        if find_spec("onnxruntime") is not None:
+        if find_spec("onnxruntime") is not None and int8:
+            calls["ONNX Runtime int8"] = _onnxruntime(_quantised(path), feed, threads)
+        elif find_spec("onnxruntime") is not None:
             calls["ONNX Runtime"] = _onnxruntime(path, feed, threads)
-        if find_spec("openvino") is not None:
+        if find_spec("openvino") is not None and not int8:
             calls["OpenVINO"] = _openvino(path, feed, threads)
     return calls
+
+
+def _quantised(path: str) -> str:
+    """The file beside it with weights in int8, and products that round x as it comes."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(path, path + ".int8", weight_type=QuantType.QInt8)
+    return path + ".int8"
 
 
 def _onnxruntime(path: str, feed: dict, threads: int) -> Callable[[], Tensor]:
@@ -146,8 +165,12 @@ def prepare(config: Config, options: Options) -> Workload:
     ids = torch.randint(dense.config.vocab_size, count, device=options.device)
     inputs = (ids, torch.ones_like(ids))
     linears = encoder_linears(dense)
-    recipe = lk.Recipe.from_dict({"linear": {"encoder.*": {"block_shape": list(block_shape)}}})
-    lean = lk.convert(copy.deepcopy(dense), recipe)
+    rule, int8 = {"block_shape": list(block_shape)}, config.weight_dtype == "int8"
+
+    def converted(**options) -> nn.Module:
+        return lk.convert(copy.deepcopy(dense), {"linear": {"encoder.*": rule | options}})
+
+    lean = converted(dtype="int8") if int8 else converted()
     layers = [m for m in lean.modules() if isinstance(m, lk.nn.BlockSparseLinear)]
     kept = sum(int(linear.weight.count_nonzero()) for linear in linears)
     density = kept / sum(linear.weight.numel() for linear in linears)
@@ -160,17 +183,22 @@ def prepare(config: Config, options: Options) -> Workload:
         expected = (call(copy.deepcopy(dense).double())(),)
         error = relative_error(call(dense)(), *expected)
         calls = {"lean": call(lean), "dense": call(dense)}
+        if int8:
+            calls["lean float32"] = call(converted())
         if config.peers == "all":
-            if environment.can_compile():
+            if environment.can_compile() and not int8:
                 torch.compiler.reset()
                 calls["compiled"] = call(torch.compile(dense, dynamic=False))
                 calls["lean compiled"] = call(torch.compile(lean, dynamic=False))
             if options.device == "cpu":
-                calls |= _onnx_runtimes(dense, inputs, options.threads)
-    tolerance = max(ABSOLUTE, 2 * error)
+                calls |= _onnx_runtimes(dense, inputs, options.threads, int8)
+    ours = max(ABSOLUTE, 2 * error)
+    tolerances = {"lean": ROUNDED if int8 else ours, "ONNX Runtime int8": BROKEN_INT8}
     return Workload(
         {
-            name: Competitor(function, expected, tolerance if "lean" in name else BROKEN)
+            name: Competitor(
+                function, expected, tolerances.get(name, ours if "lean" in name else BROKEN)
+            )
             for name, function in calls.items()
         },
         flops=2.0 * config.batch * config.tokens * kept,
@@ -183,8 +211,16 @@ def prepare(config: Config, options: Options) -> Workload:
     )
 
 
-def _numbers() -> list[Config]:
+def _float32() -> list[Config]:
     return [Config(peers="all"), Config(mask="skewed")]
+
+
+def _int8() -> list[Config]:
+    return [Config(mask=mask, weight_dtype="int8", peers="all") for mask in masks.MASKS]
+
+
+def _numbers() -> list[Config]:
+    return [*_float32(), *_int8()]
 
 
 def _full() -> list[Config]:
@@ -197,7 +233,7 @@ def _quick() -> list[Config]:
         Config(size="small", batch=4, tokens=64, density=density, mask=mask)
         for density in (0.5, 0.2)
         for mask in masks.MASKS
-    ]
+    ] + [Config(size="small", batch=4, tokens=64, weight_dtype="int8")]
 
 
 CASE = Case(
@@ -208,24 +244,38 @@ CASE = Case(
         Requirement(
             "BERT-base, 8 x 128 tokens, density 0.2, over dense eager (SDPA)",
             "3.7",
-            _numbers,
+            _float32,
             lambda record: record["ratios"]["dense"],
             lambda record: 3.7,
         ),
         Requirement(
             "same, over dense ONNX Runtime",
             "2.5",
-            _numbers,
+            _float32,
             lambda record: record["ratios"]["ONNX Runtime"],
             lambda record: 2.5,
         ),
         Requirement(
             "bytes of the converted linears over the dense ones",
             "<= density + 0.02",
-            _numbers,
+            _float32,
             lambda record: record["facts"]["bytes of dense"],
             lambda record: record["facts"]["density"] + 0.02,
             at_most=True,
+        ),
+        Requirement(
+            "int8, BERT-base, density 0.2, over dense eager float32 (SDPA)",
+            "5",
+            _int8,
+            lambda record: record["ratios"]["dense"],
+            lambda record: 5.0,
+        ),
+        Requirement(
+            "same, over ONNX Runtime's dynamic int8 of the dense model",
+            "2",
+            _int8,
+            lambda record: record["ratios"]["ONNX Runtime int8"],
+            lambda record: 2.0,
         ),
     ),
     budget=20.0,

@@ -9,13 +9,16 @@ Layers are called as users call them. Modes, all but forward_backward under torc
     forward_backward     x Wᵀ + b and the gradients of x, the weight and the bias
     epilogue             ours only: what the fused epilogues add to the bare product
     scaling              ours and dense, on one thread and on all threads of the run
+    int8                 forward with int8 weights: ours unrounded, dense, and dense int8 layers
 
 Ideal is 1 / density, with the density the rounded mask has.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,7 @@ from lean_kernels.ops.block_sparse_linear import bsr
 ABSOLUTE = {torch.float64: 1e-12, torch.float32: 1e-6}
 BROKEN = {torch.float64: 1e-10, torch.float32: 1e-4}  # no healthy competitor is this far off
 BROKEN_HALF = 2e-2
+BROKEN_INT8 = 5e-2  # torch rounds x and the weight with one scale for all rows
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,16 @@ class _Problem:
         layer.weight, layer.bias = self.dense.weight, self.dense.bias if bias else None
         return layer
 
-    def lean(self, *, bias: bool, activation: str | None = None) -> Callable[..., Tensor]:
+    def lean(
+        self, *, bias: bool, activation: str | None = None, weight_dtype: str | None = None
+    ) -> Callable[..., Tensor]:
         """Our layer, or with a named `impl` the op behind it, as a function of x and residual."""
         layer = lk.nn.BlockSparseLinear.from_linear(
-            self.linear(bias), block_shape=self.block_shape, mask=self.mask, activation=activation
+            self.linear(bias),
+            block_shape=self.block_shape,
+            mask=self.mask,
+            activation=activation,
+            weight_dtype=weight_dtype,
         )
         self.trained = [layer.weight, layer.bias]
         if self.options.impl is None:
@@ -106,6 +116,7 @@ class _Problem:
             out_features=layer.out_features,
             activation=activation,
             residual=residual,
+            weight_scales=layer.weight_scales,
             impl=self.options.impl,
         )
 
@@ -122,6 +133,19 @@ class _Problem:
         error = max(relative_error(*both) for both in zip(actual, expected, strict=True))
         ours = max(ABSOLUTE.get(self.dtype, 0.0), 2 * error)
         return ours, BROKEN.get(self.dtype, BROKEN_HALF)
+
+    def rounding_error(self) -> float:
+        """RMS over that of x Wᵀ that rounding to int8 should cost.
+
+        Steps are 1 / 127 of the largest number of a row, of x or of W. An error within half a step
+        either way has the variance step² / 12, and that of a product is
+        sum_k (step_x² w_k² + step_w² x_k²) / 12.
+        """
+        x, w = self.x.detach().double(), self.dense.weight.detach().double()
+        steps_x, steps_w = (t.abs().amax(1).square() / 127**2 for t in (x, w))
+        of_x = steps_x.sum() * w.square().sum()
+        of_w = (x.square() @ (w != 0).double().t() @ steps_w).sum()
+        return float(((of_x + of_w) / 12 / (x @ w.t()).square().sum()).sqrt())
 
 
 def _compiled(function: Callable, *arguments: Tensor) -> Callable[[], Tensor]:
@@ -239,6 +263,38 @@ def _scaling(p: _Problem) -> dict[str, Competitor]:
     }
 
 
+def _dense_int8(p: _Problem) -> dict[str, Callable[[], Tensor]]:
+    """Dense layers with int8 weights that round x as it comes: torch's own, while torch still has
+    it, and torchao's where that is installed."""
+    calls = {}
+    old = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
+    if old is not None and p.options.device == "cpu" and p.dtype == torch.float32:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "is deprecated"
+            layer = old(nn.Sequential(p.linear(False)), {nn.Linear}, dtype=torch.qint8)
+        calls["torch int8"] = lambda: layer(p.x)
+    if find_spec("torchao") is not None:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        model = nn.Sequential(copy.deepcopy(p.linear(False)))
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        calls["torchao int8"] = lambda: model(p.x)
+    return calls
+
+
+def _int8(p: _Problem) -> dict[str, Competitor]:
+    expected = p.expected()
+    lean, wide, dense = p.lean(bias=False, weight_dtype="int8"), p.lean(bias=False), p.linear(False)
+    unrounded, theirs = p.tolerances(lambda: dense(p.x), expected)
+    # Errors of one row of x or of W go together, so that a few rows scatter about their mean.
+    ours = 1.5 * p.rounding_error() + unrounded
+    return {
+        "lean": Competitor(lambda: lean(p.x), expected, ours),
+        f"lean {p.config.dtype}": Competitor(lambda: wide(p.x), expected, unrounded),
+        "dense": Competitor(lambda: dense(p.x), expected, theirs),
+    } | {name: Competitor(call, expected, BROKEN_INT8) for name, call in _dense_int8(p).items()}
+
+
 MODES = {
     "forward": _forward,
     "bias_residual": _forward,
@@ -246,6 +302,7 @@ MODES = {
     "forward_backward": _forward_backward,
     "epilogue": _epilogue,
     "scaling": _scaling,
+    "int8": _int8,
 }
 
 

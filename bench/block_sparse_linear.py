@@ -115,6 +115,13 @@ REQUIREMENTS = (
         at_most=True,
     ),
     Requirement(
+        "int8 over our own float32, M >= 128",
+        "2.5",
+        lambda: _large((128, 512), mode="int8"),
+        _ratio("lean float32"),
+        _at(2.5),
+    ),
+    Requirement(
         "second core over one",
         "1.85",
         lambda: _large((128,), density=0.2, mode="scaling"),
@@ -140,6 +147,8 @@ def _full() -> list[Config]:
         + _grid(shape=SHAPES, density=(1.0, 0.5, 0.2, 0.1), block=OTHER_BLOCKS)
         + _grid(density=(1.0, 0.5), block=SMALL_BLOCKS)
         + _grid(shape=SHAPES, density=(0.5, 0.2), mode=("bias_residual", "bias_gelu_residual"))
+        + _grid(shape=SHAPES, density=(1.0, 0.2), m=(1, 16), block=LARGE_BLOCKS, mode="int8")
+        + _grid(shape=SHAPES, density=1.0, m=(128, 512), block=LARGE_BLOCKS, mode="int8")
     )
 
 
@@ -150,7 +159,7 @@ def _quick() -> list[Config]:
         + _grid(block=("64x64", "16x16", "4x16"), mask="skewed")
         + _grid(mask="skewed")
         + _grid(dtype="bfloat16", density=(1.0, 0.2))
-        + _grid(mode=("bias_gelu_residual", "forward_backward", "epilogue", "scaling"))
+        + _grid(mode=("bias_gelu_residual", "forward_backward", "epilogue", "scaling", "int8"))
     )
 
 

@@ -7,23 +7,37 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 
-def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
+class Marker(NamedTuple):
+    """What an output of ours is known by: a file in it, and a text in that file."""
+
+    file: str
+    text: str
+
+    def marks(self, directory: Path) -> bool:
+        try:
+            return self.text in (directory / self.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return False
+
+
+def check_replaceable(path: Path, marker: Marker, overwrite: bool) -> None:
     """Raise FileExistsError unless `path` is free, empty, or an earlier output we may replace.
 
     Args:
         path: the directory to be written.
-        marker: a file that every output of this kind holds. Without it the directory is something
-            else, and is never replaced.
+        marker: of outputs of this kind. A directory without it is something else, and is never
+            replaced.
         overwrite: whether an earlier output may be replaced.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / marker).is_file():
+    if not marker.marks(path):
         raise FileExistsError(
-            f"{path} exists and is not an earlier output (it holds no {marker}); choose another "
-            f"directory"
+            f"{path} exists and is not an earlier output (it holds no {marker.file} with "
+            f"{marker.text!r}); choose another directory"
         )
     if not overwrite:
         raise FileExistsError(f"{path} exists; choose another directory, or --force to replace it")
@@ -52,7 +66,7 @@ def write_file(path: Path, content: bytes, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, marker: Marker, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new directory beside `path` that becomes `path` if the block ends without an error.
 
     Raises FileExistsError as `check_replaceable` does, before and after the block.

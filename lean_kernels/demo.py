@@ -23,7 +23,7 @@ from torch import nn
 
 import lean_kernels as lk
 from lean_kernels import demo_vocabulary
-from lean_kernels._files import atomic_directory
+from lean_kernels._files import Marker, atomic_directory
 from lean_kernels.architectures import find_encoders
 from lean_kernels.compress.tokens import measure_profile
 from lean_kernels.demo_vocabulary import VocabularyRow
@@ -38,6 +38,7 @@ from lean_kernels.nn.token_profile import rescale
 
 MIN_ROUNDS, BUDGET_SECONDS = 3, 90.0  # a slow machine stops timing early
 RESULTS = "results.json"
+MARKER = Marker(RESULTS, '"largest_reload_difference"')
 PLOT = "tradeoff.png"
 
 
@@ -209,7 +210,7 @@ def run(
     def step(name: str) -> None:
         progress(next(done), total, name)
 
-    with atomic_directory(out, RESULTS, overwrite) as scratch:
+    with atomic_directory(out, MARKER, overwrite) as scratch:
         step("load the dense model")
         tokenizer = load_tokenizer(model_name)
         if tokenizer is None:

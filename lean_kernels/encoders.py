@@ -89,7 +89,7 @@ def attach_exits(model: nn.Module) -> None:
         lean = model.get_submodule(place.name)
         if isinstance(lean, LeanEncoder) and lean.exit_rule is not None and place.classifier:
             classifier = model.get_submodule(place.classifier_name)
-            exits.attach(lean, classifier.get_submodule(place.classifier.last))
+            exits.attach(lean, classifier, classifier.get_submodule(place.classifier.last))
 
 
 def remove(model: nn.Module) -> None:
@@ -108,14 +108,18 @@ def remove(model: nn.Module) -> None:
 
 
 def describe_encoders(model: nn.Module) -> dict[str, dict]:
-    """The saved description of the lean encoders: plain lists, dicts, numbers, strings."""
-    return {
-        name: {
-            "tokens": {} if lean.token_rule is None else lean.token_rule.to_dict(),
-            "exits": None if lean.exit_rule is None else lean.exit_rule.to_dict(),
-        }
-        for name, lean in lean_encoders(model).items()
-    }
+    """The saved description of the lean encoders: plain lists, dicts, numbers, strings. Exits go
+    with the classifier: a base model saved out of one has none."""
+    rules = {}
+    for place in find_encoders(model):
+        lean = model.get_submodule(place.name)
+        if isinstance(lean, LeanEncoder):
+            exits_here = place.classifier is not None and lean.exit_rule is not None
+            rules[place.name] = {
+                "tokens": {} if lean.token_rule is None else lean.token_rule.to_dict(),
+                "exits": lean.exit_rule.to_dict() if exits_here else None,
+            }
+    return rules
 
 
 def read_rules(encoders: dict) -> dict[str, tuple[TokenRule, ExitRule | None]]:

@@ -53,10 +53,12 @@ def match(
         these_can: ends the error for a glob that matches nothing else.
 
     Raises:
-        ValueError: a glob that matches nothing, or nothing that can be replaced.
+        ValueError: a glob that matches nothing, or nothing that can be replaced, or nothing that
+            an earlier glob leaves it.
     """
     matches, unusable = [], {glob: [] for glob in rules}
-    usable, candidates = set(), []
+    winners: dict[str, list[str]] = {}  # of each glob, whose the modules are that it matches
+    candidates = []
     for names in aliases(model).values():
         module = model.get_submodule(names[0])
         matching = [g for g in rules if any(fnmatch.fnmatchcase(n, g) for n in names if n)]
@@ -66,14 +68,21 @@ def match(
         if not matching:
             continue
         if reason is None:
-            usable.update(matching)
+            for glob in matching:
+                winners.setdefault(glob, []).append(matching[0])
         else:
             for glob in matching:
                 unusable[glob].append(f"{names[0]} ({reason})")
         if reason is None or listed(module):
             matches.append(Match(names, rules[matching[0]], reason))
     for glob in rules:
-        if glob in usable:
+        if glob in winners:
+            if glob not in winners[glob]:
+                earlier = ", ".join(map(repr, dict.fromkeys(winners[glob])))
+                raise ValueError(
+                    f"convert: {glob!r} is without effect: all that it matches goes to {earlier}, "
+                    "which comes first; put the narrower glob first, or remove one"
+                )
             continue
         if unusable[glob]:
             some = ", ".join(unusable[glob][:5]) + (", ..." if len(unusable[glob]) > 5 else "")

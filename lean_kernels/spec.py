@@ -191,11 +191,15 @@ def rebuild(
         ValueError: malformed, or not a description of this model.
     """
     check(modules, encoders)
-    _rebuild_encoders(model, encoders or {}, partial)
+    encoders, prefix = encoders or {}, getattr(model, "base_model_prefix", "")
+    # A base model saved out of one with a head shares its config, and so that one's description.
+    if prefix and not hasattr(model, prefix):
+        partial = partial or any(n.startswith(f"{prefix}.") for n in (*modules, *encoders))
+    _rebuild_encoders(model, encoders, partial)
     names, found = aliases(model), dict(model.named_modules(remove_duplicate=False))
     plan = {}
     for saved, entry in modules.items():
-        name = _resolve(saved, found, getattr(model, "base_model_prefix", ""))
+        name = _resolve(saved, found, prefix)
         if name is not None:
             _check_fits(found, name, entry)
             plan[name] = saved

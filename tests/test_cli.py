@@ -179,6 +179,10 @@ def test_force_does_not_replace_other_directories(model, recipe, tmp_path):
     precious.write_text("years of work")
     assert "thesis" in fails(*convert(model, recipe, precious.parent, "--force"))
     assert precious.read_text() == "years of work"
+    for name, text in (("config.json", "{}"), ("README.md", "# Thesis")):
+        (precious.parent / name).write_text(text)
+    assert "not an earlier output" in fails(*convert(model, recipe, precious.parent, "--force"))
+    assert precious.read_text() == "years of work"
 
 
 def test_the_model_itself_is_never_replaced(model, recipe):

@@ -126,5 +126,8 @@ def test_errors_are_one_line(model, texts, tmp_path):
     assert "neither a directory nor a hub id" in fails("./absent", "--texts", texts, *out)
     assert "statistic must be" in fails(model, "--texts", texts, *out, "--statistic", "mode")
     assert "mean_kept" in fails(model, "--texts", texts, *out, "--mean-kept", 2)
+    absent = f"cuda:{torch.cuda.device_count()}"
+    assert "torch sees" in fails(model, "--texts", texts, *out, "--device", absent)
+    assert "unknown --device" in fails(model, "--texts", texts, *out, "--device", "gpu")
     assert not (tmp_path / "recipe.toml").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]

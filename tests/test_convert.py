@@ -238,6 +238,16 @@ def test_globs_without_effect_are_errors(model, glob, message):
     assert same_state(state(model), before) and type(model.layers[0].up) is nn.Linear
 
 
+def test_a_glob_that_earlier_ones_leave_nothing_is_an_error(model):
+    rule = {"density": 0.5}
+    recipe = {"linear": {"layers.0.*": rule, "layers.*": rule, "layers.1.up": rule}}
+    with pytest.raises(ValueError, match=r"'layers.1.up' is without effect: .* 'layers.\*'"):
+        convert(model, recipe)
+    assert type(model.layers[0].up) is nn.Linear
+    del recipe["linear"]["layers.*"]
+    convert(model, recipe)
+
+
 def test_no_rules_and_no_module_are_errors(model):
     with pytest.raises(ValueError, match="has no rules"):
         convert(model, {})

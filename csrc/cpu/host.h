@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "../check.h"
 #include "isa.h"
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "../check.h"
+
 namespace lean_kernels {
 namespace {
 

@@ -89,12 +89,24 @@ def _roberta_head(model: nn.Module):
     return copied_head(head.dense, nn.Tanh(), head.dropout, head.out_proj)
 
 
+def _electra_head(model: nn.Module):
+    head = model.classifier
+    return copied_head(head.dense, head.activation, head.dropout, head.out_proj)
+
+
 _ROBERTAS = {name: _FAMILIES[name] for name in ("camembert", "roberta", "xlm_roberta")}
 _OF_CLASS = "ForSequenceClassification"
 CLASSIFIERS = {
     name: Classifier("classifier.out_proj", _roberta_head)
     for name in _classes(_ROBERTAS, _OF_CLASS)
-} | {name: Classifier("classifier", _pooled_head) for name in _classes({"bert": "Bert"}, _OF_CLASS)}
+} | {
+    "transformers.models.electra.modeling_electra.ElectraForSequenceClassification": Classifier(
+        "classifier.out_proj", _electra_head
+    ),
+    "transformers.models.bert.modeling_bert.BertForSequenceClassification": Classifier(
+        "classifier", _pooled_head
+    ),
+}
 
 FIRST_ONLY = {
     *_classes(_FAMILIES, _OF_CLASS),

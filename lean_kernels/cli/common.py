@@ -20,6 +20,7 @@ __all__ = [
     "Debug",
     "Force",
     "app",
+    "check_device",
     "command",
     "console",
     "model_path",
@@ -77,6 +78,19 @@ def model_path(model: str) -> str:
     if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise FileNotFoundError(f"model {model!r} is neither a directory nor a hub id")
     return model
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can compute on it here."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"unknown --device {device!r}; expected cpu, cuda or cuda:<number>")
+    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here "
+            "(lean-kernels info says why); use cpu"
+        )
 
 
 def require_transformers() -> None:

@@ -25,8 +25,9 @@ def convert(
 ) -> None:
     """Make a model lean by a recipe, and save it for AutoModel.from_pretrained."""
     from lean_kernels._files import check_replaceable
+    from lean_kernels.integrations.model_card import MARKER
 
-    check_replaceable(out, "config.json", force)
+    check_replaceable(out, MARKER, force)
     if not recipe.exists():
         raise FileNotFoundError(f"recipe {recipe} does not exist")
     path = model_path(model)

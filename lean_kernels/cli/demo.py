@@ -11,6 +11,7 @@ import typer
 from lean_kernels.cli.common import (
     Debug,
     Force,
+    check_device,
     console,
     model_path,
     progress_bar,
@@ -55,7 +56,8 @@ def demo(
     from lean_kernels._files import check_replaceable
     from lean_kernels.evaluation import read_texts
 
-    check_replaceable(out, comparison.RESULTS, force)
+    check_replaceable(out, comparison.MARKER, force)
+    check_device(device)
     kept = _numbers("--densities", densities, lambda x: 0 < x <= 1, "in (0, 1]")
     chosen = _numbers("--speeds", speeds, lambda x: 0 <= x < 100, "from 0 to 100") if speeds else ()
     smaller = ()

@@ -11,6 +11,7 @@ import typer
 
 from lean_kernels.cli.common import (
     Debug,
+    check_device,
     console,
     model_path,
     progress_bar,
@@ -63,6 +64,7 @@ def profile(
     for path in (texts, recipe):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
+    check_device(device)
     where = model_path(model)
     require_transformers()
 

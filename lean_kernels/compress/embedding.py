@@ -165,20 +165,15 @@ def fit_autoencoder(
     encoder, decoder = _principal_layers(table, rank, counts, activation)
     activate = nn.Identity() if activation is None else nn.ELU()
 
-    def loss(rows: Tensor, alpha: float) -> Tensor:
-        return direction_loss(
-            activate(decoder(activate(encoder(table[rows])))),
-            table[rows],
-            alpha=alpha,
-            cosine=cosine,
-            magnitude=magnitude,
-            rmse=rmse,
-            row_weights=None if counts is None else counts[rows],
-        )
+    def rebuild(rows: Tensor) -> Tensor:
+        return activate(decoder(activate(encoder(table[rows]))))
 
     parameters = [*encoder.parameters(), *decoder.parameters()]
+    terms = {"cosine": cosine, "magnitude": magnitude, "rmse": rmse}
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    _train("autoencoder", parameters, loss, len(table), alpha, seed, progress, **options)
+    _train(
+        "autoencoder", parameters, rebuild, table, counts, terms, alpha, seed, progress, **options
+    )
     with torch.no_grad():
         codes = torch.cat([activate(encoder(rows)) for rows in table.split(_ROWS)])
     return tuple(t.detach().to(weight.dtype) for t in (codes, decoder.weight, decoder.bias))
@@ -234,21 +229,14 @@ def fit_morphte(
         scale, shift = table.std(0).requires_grad_(), table.mean(0).requires_grad_()
         norm = RowNorm("layer", scale, shift)
 
-    def loss(rows: Tensor, alpha: float) -> Tensor:
-        return direction_loss(
-            tensor_product_embedding(rows, indices, factors, embedding_dim=dim, norm=norm),
-            table[rows],
-            alpha=alpha,
-            cosine=cosine,
-            magnitude=magnitude,
-            rmse=rmse,
-            row_weights=None if counts is None else counts[rows],
-        )
+    def rebuild(rows: Tensor) -> Tensor:
+        return tensor_product_embedding(rows, indices, factors, embedding_dim=dim, norm=norm)
 
+    terms = {"cosine": cosine, "magnitude": magnitude, "rmse": rmse}
     options = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     found = (factors, scale, shift)
     parameters = [t for t in found if t is not None]
-    _train("MorphTE", parameters, loss, len(table), alpha, seed, progress, **options)
+    _train("MorphTE", parameters, rebuild, table, counts, terms, alpha, seed, progress, **options)
     return tuple(None if t is None else t.detach().to(weight.dtype) for t in found)
 
 
@@ -303,8 +291,10 @@ def _near_alike(count: int, rank: int, dim: int, order: int, spread: float, seed
 def _train(
     name: str,
     parameters: Sequence[Tensor],
-    loss: Callable[[Tensor, float], Tensor],
-    count: int,
+    rebuild: Callable[[Tensor], Tensor],
+    table: Tensor,
+    counts: Tensor | None,
+    terms: dict[str, float],
     alpha: tuple[float, float],
     seed: int,
     progress: Progress | None,
@@ -313,24 +303,27 @@ def _train(
     batch_size: int,
     learning_rate: float,
 ) -> None:
-    """Adam over shuffled rows; loss(rows, alpha) is a scalar."""
+    """Adam over shuffled rows, under the `direction_loss` of rebuild(rows) with those terms."""
     if epochs < 0 or batch_size < 1 or not learning_rate > 0:
         raise ValueError(
             f"fit: expected epochs >= 0, batch_size >= 1 and learning_rate > 0, got {epochs}, "
             f"{batch_size} and {learning_rate}"
         )
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    total, done = epochs * -(-count // batch_size), 0
+    total, done = epochs * -(-len(table) // batch_size), 0
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total))
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), reporting(progress) as report:
         for epoch in range(epochs):
             now = alpha[0] + (alpha[1] - alpha[0]) * epoch / max(1, epochs - 1)
-            order = torch.randperm(count, generator=generator).to(parameters[0].device)
+            order = torch.randperm(len(table), generator=generator).to(parameters[0].device)
             for rows in order.split(batch_size):
                 report(done, total, f"fit {name}, epoch {epoch + 1} of {epochs}")
                 optimizer.zero_grad(set_to_none=True)
-                loss(rows, now).backward()
+                weights = None if counts is None else counts[rows]
+                found, wanted = rebuild(rows), table[rows]
+                loss = direction_loss(found, wanted, alpha=now, row_weights=weights, **terms)
+                loss.backward()
                 optimizer.step()
                 schedule.step()
                 done += 1

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md that is saved with a lean model."""
 
+from lean_kernels._files import Marker
 from lean_kernels.report import LeanReport
+
+MARKER = Marker("README.md", "`quant_method: lean`")
 
 _CARD = """---
 library_name: transformers
@@ -35,7 +38,7 @@ loads it too. Without the import they {without}.
 Pruning, compressing embeddings, dropping tokens and leaving early change what a model computes; it
 needs training for them to keep its accuracy. Running without padding changes nothing.
 
-Format version {version} of `quant_method: lean`.
+Format version {version} of {marker}.
 """
 
 
@@ -53,4 +56,5 @@ def model_card(title: str, architecture: str, report: LeanReport, version: int) 
         summary=report.summary().replace("->", "to"),
         table="\n".join(f"| {line} |" for line in (header, rule, *rows)),
         version=version,
+        marker=MARKER.text,
     )

@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lean_kernels import __version__, embeddings
 from lean_kernels._files import atomic_directory
 from lean_kernels.convert import store_description, to_dense
-from lean_kernels.integrations.model_card import model_card
+from lean_kernels.integrations.model_card import MARKER, model_card
 from lean_kernels.nn import BlockSparseLinear
 from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.report import LeanReport, attached
@@ -209,13 +209,13 @@ def save(
         )
     directory = Path(directory)
     report = model.lean_report() if hasattr(model, "lean_report") else LeanReport.of(model)
-    with atomic_directory(directory, "config.json", overwrite) as scratch:
+    with atomic_directory(directory, MARKER, overwrite) as scratch:
         version = store_description(model)["format_version"]
         model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         card = model_card(directory.resolve().name, type(model).__name__, report, version)
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+        (scratch / MARKER.file).write_text(card, encoding="utf-8")
 
 
 def _check_file(file: str, modules: dict) -> None:

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,8 @@ def _compute_weight(linear: nn.Module) -> None:
 
 def magnitude_mask(weight: Tensor, block_shape: tuple[int, int], density: float) -> Tensor:
     """Bool [block_rows, block_cols] keeping the `density` fraction of blocks of largest L2 norm."""
-    if not 0 < density <= 1:
-        raise ValueError(f"BlockSparseLinear: density must lie in (0, 1], got {density}")
+    if not isinstance(density, Real) or not 0 < density <= 1:
+        raise ValueError(f"BlockSparseLinear: density must lie in (0, 1], got {density!r}")
     blocks = bsr.block_view(weight.detach(), block_shape)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     scores = torch.linalg.vector_norm(blocks, dim=(2, 3), dtype=wide)

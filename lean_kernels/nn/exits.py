@@ -103,33 +103,61 @@ class ExitOutcome:
     taken: bool = False  # whether the model's classifier has merged them
 
 
-# Per thread, so that one model can serve several.
-_LATEST = threading.local()
+class _PerThread(threading.local):
+    """One model can serve several threads."""
+
+    def __init__(self) -> None:
+        self.outcomes: WeakKeyDictionary[nn.Module, ExitOutcome] = WeakKeyDictionary()
+        self.running: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # classifier calls
+
+
+_HERE = _PerThread()
 
 
 def latest(encoder: nn.Module) -> ExitOutcome | None:
     """The outcome of the encoder's last forward pass in this thread."""
-    found = getattr(_LATEST, "outcomes", None)
-    return None if found is None else found.get(encoder)
+    return _HERE.outcomes.get(encoder)
 
 
 def remember(encoder: nn.Module, outcome: ExitOutcome | None) -> None:
-    """Make it the latest.
-
-    Raises:
-        RuntimeError: nobody took the exits before: the model's classifier was replaced.
-    """
-    if not hasattr(_LATEST, "outcomes"):
-        _LATEST.outcomes = WeakKeyDictionary()
-    before = _LATEST.outcomes.pop(encoder, None)
-    if before is not None and before.layers is not None and not before.taken:
-        raise RuntimeError(
-            "LeanEncoder: samples left early, but no classifier took their logits; it was replaced "
-            "after convert, or the encoder was called without its head. Convert again with the "
-            "same [exits], or set encoder.exit_rule = None to run all layers"
-        )
+    """Make it the latest."""
+    _HERE.outcomes.pop(encoder, None)
     if outcome is not None:
-        _LATEST.outcomes[encoder] = outcome
+        _HERE.outcomes[encoder] = outcome
+
+
+def may_leave(encoder: nn.Module) -> bool:
+    """Whether there is somebody to take the logits of samples that leave early. Where `attach` gave
+    the encoder a classifier, that is so in calls that go through it."""
+    return not encoder.has_classifier or bool(_HERE.running.get(encoder))
+
+
+class _Begin:
+    """Forward pre-hook of a whole classifier."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+
+    def __call__(self, module: nn.Module, args) -> None:
+        _HERE.running[self.encoder] = _HERE.running.get(self.encoder, 0) + 1
+
+
+class _End:
+    """Forward hook of a whole classifier. Raises RuntimeError where nobody took the exits."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+
+    def __call__(self, module: nn.Module, args, output) -> None:
+        _HERE.running[self.encoder] -= 1
+        outcome = latest(self.encoder)
+        unread = outcome is not None and outcome.layers is not None and not outcome.taken
+        if output is not None and unread:  # None after an error, which is the one to see
+            raise RuntimeError(
+                "LeanEncoder: samples left early, but no classifier took their logits; it was "
+                "replaced after convert. Convert again with the same [exits], or set "
+                "encoder.exit_rule = None to run all layers"
+            )
 
 
 class TakeExitLogits:
@@ -151,17 +179,29 @@ class TakeExitLogits:
         return torch.where(early[:, None], outcome.logits[0].to(logits.dtype), logits)
 
 
-def attach(encoder: nn.Module, classifier: nn.Module) -> None:
-    """Have `classifier` return exit logits where there are some. Doing so twice changes nothing."""
-    for hook in classifier._forward_hooks.values():
-        if isinstance(hook, TakeExitLogits) and hook.encoder is encoder:
-            return
-    classifier.register_forward_hook(TakeExitLogits(encoder))
+def attach(encoder: nn.Module, classifier: nn.Module, last: nn.Module) -> None:
+    """Have `last`, the last linear layer of `classifier`, return exit logits where there are some,
+    and let samples leave only when `classifier` is called. Doing so twice changes nothing."""
+    encoder.has_classifier = True
+    if not _keys(last._forward_hooks, encoder):
+        last.register_forward_hook(TakeExitLogits(encoder))
+    if not _keys(classifier._forward_pre_hooks, encoder):
+        classifier.register_forward_pre_hook(_Begin(encoder))
+        classifier.register_forward_hook(_End(encoder), always_call=True)
 
 
 def detach(model: nn.Module, encoder: nn.Module) -> None:
     """Undo `attach`, wherever in the model it was done."""
+    encoder.has_classifier = False
     for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, TakeExitLogits) and hook.encoder is encoder:
-                del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in _keys(hooks, encoder):
+                del hooks[key]
+
+
+def _keys(hooks: dict, encoder: nn.Module) -> list[int]:
+    """Those of our hooks for this encoder."""
+    ours = (TakeExitLogits, _Begin, _End)
+    return [
+        key for key, hook in hooks.items() if isinstance(hook, ours) and hook.encoder is encoder
+    ]

@@ -28,6 +28,9 @@ class LeanEncoder(nn.Module):
     Lengths are read on the host, where torch.compile breaks the graph: it computes the same and
     gains nothing within the encoder, and `fullgraph=True` raises.
 
+    Within a sequence classifier, samples leave early when the classifier is called; a call of its
+    base model alone runs all layers.
+
     In training with attention dropout, attention runs as eager attention does and costs as much
     (`dropout_attention`); hidden dropout acts as ever.
 
@@ -69,6 +72,7 @@ class LeanEncoder(nn.Module):
             raise ValueError(f"LeanEncoder: cannot replace {type(encoder).__name__}: {reason}")
         self.token_rule = tokens
         self.exit_rule = exits
+        self.has_classifier = False  # that takes the logits of its exits; see `exits.attach`
         self.first_only = first_only
         self.observe_scores: Callable[[int, Tensor, Tensor], None] | None = None
         self.soft_thresholds: nn.Module | None = None

@@ -102,7 +102,8 @@ class PackedPass:
 
     def _exits(self) -> tuple["exits.ExitOutcome | None", "exits.Criterion | None"]:
         encoder = self.encoder
-        if encoder.exit_rule is None:
+        if encoder.exit_rule is None or not (encoder.training or exits.may_leave(encoder)):
+            exits.remember(encoder, None)
             return None, None
         last = len(self.layers) - 1
         if encoder.training:

@@ -168,6 +168,18 @@ def test_all_peers_are_right():
         assert set(runner.check(workload.competitors, threads=1)) == expected
 
 
+@pytest.mark.parametrize("mask", masks.MASKS)
+def test_int8_costs_what_its_steps_say(mask):
+    fields = {"shape": "256x320", "m": 64, "mask": mask, "mode": "int8"}
+    workload = prepare(Config(**TINY.__dict__ | fields), registry.Options(threads=1))
+    lean = workload.competitors["lean"]
+    with torch.no_grad():
+        errors = runner.check(workload.competitors, threads=1)
+    assert set(errors) >= {"lean", "lean float32", "dense"}
+    assert errors["lean"] == pytest.approx(lean.tolerance / 1.5, rel=0.1)
+    assert lean.tolerance < 0.02
+
+
 def test_named_impl_times_the_op():
     workload = prepare(TINY, registry.Options(threads=1, impl="reference"))
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from encoder_oracle import keep_all, keep_highest, trace  # noqa: E402
-from hf_models import CONFIGS, ENCODERS  # noqa: E402
+from hf_models import CONFIGS, ENCODERS, SIZES  # noqa: E402
 from test_lean_encoder import assert_rms, batch, encoder_of, hidden  # noqa: E402
 
 import lean_kernels as lk  # noqa: E402
@@ -236,13 +236,69 @@ def test_a_classifier_that_was_replaced_is_noticed():
     expected = hidden(model, ids, mask)
     model.classifier = copy.deepcopy(model.classifier)
     model.classifier._forward_hooks.clear()
-    hidden(model, ids, mask)
-    with pytest.raises(RuntimeError, match="no classifier took their logits"):
-        hidden(model, ids, mask)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no classifier took their logits"):
+            hidden(model, ids, mask)
     lk.convert(model, {"exits": {"threshold": 100.0}})
     assert torch.equal(hidden(model, ids, mask), expected)
     linear = {"linear": {"classifier": {"density": 1.0, "dense_above": 1.0}}}
     assert torch.equal(hidden(lk.convert(model, linear), ids, mask), expected)
+
+
+def test_a_base_model_alone_runs_all_layers():
+    model = with_exits(classifier(), {"threshold": 100.0})
+    ids, mask = batch(lengths=LENGTHS)
+    expected = hidden(model, ids, mask)
+    states = hidden(model.bert, ids, mask)
+    assert encoder_of(model).exit_layers is None
+    assert torch.equal(hidden(model, ids, mask), expected)
+    assert encoder_of(model).exit_layers.eq(0).all()
+    encoder_of(model).exit_rule = None
+    assert torch.equal(hidden(model.bert, ids, mask), states)
+
+
+def test_an_error_within_a_call_leaves_nothing_behind():
+    model = with_exits(classifier(), {"threshold": 100.0})
+    ids, mask = batch(lengths=LENGTHS)
+    expected = hidden(model, ids, mask)
+    with pytest.raises(IndexError):
+        hidden(model, ids + 10**6, mask)
+    encoder_of(model).exit_rule, rule = None, encoder_of(model).exit_rule
+    states = hidden(model.bert, ids, mask)
+    encoder_of(model).exit_rule = rule
+    assert torch.equal(hidden(model.bert, ids, mask), states)
+    assert torch.equal(hidden(model, ids, mask), expected)
+
+
+def test_compile_computes_the_same():
+    model = with_exits(classifier(), RULES["entropy"])
+    ids, mask = batch(lengths=LENGTHS)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.equal(hidden(compiled, ids, mask), hidden(model, ids, mask))
+    torch.compiler.reset()
+
+
+def test_electra_exits():
+    torch.manual_seed(0)
+    config = transformers.ElectraConfig(**SIZES | {"num_hidden_layers": LAYERS}, num_labels=3)
+    original = transformers.ElectraForSequenceClassification(config).eval()
+    model = with_exits(copy.deepcopy(original), RULES["entropy"])
+    ids, mask = batch(lengths=LENGTHS)
+    logits, layers = hidden(model, ids, mask), encoder_of(model).exit_layers
+    for row, length in enumerate(LENGTHS):
+        expected = hidden(model, ids[row : row + 1, :length], mask[row : row + 1, :length])
+        assert encoder_of(model).exit_layers == layers[row]
+        assert_rms(logits[row], expected[0], 1e-6)
+    encoder_of(model).exit_rule = ExitRule(threshold=0.0)
+    assert_rms(hidden(model, ids, mask), hidden(original, ids, mask), 2e-6)
+    for head in lk.convert(
+        copy.deepcopy(original), {"exits": RULES["entropy"]}
+    ).electra.encoder.exits:
+        with torch.no_grad():  # starts as the model's own
+            state = original.electra(ids[:1, :5])[0]
+            assert_rms(head(state[:, 0]), original.classifier(state), 1e-6)
 
 
 def test_what_cannot_exit():

@@ -79,6 +79,22 @@ def test_between_base_model_and_head(family, tmp_path):
     assert encoder_of(again).first_only and encoder_of(again).token_rule == encoder.token_rule
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_base_model_saved_out_of_a_classifier_loads(family, tmp_path):
+    ids, mask = batch(lengths=(17, 9, 1, 12))
+    model = lk.convert(dense(family, CLASSIFY), RECIPES["exits"])
+    inner = getattr(model, model.base_model_prefix)
+    inner.save_pretrained(tmp_path / "base")
+    options = {"add_pooling_layer": False} if family == "roberta" else {}  # it never had one
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base", **options)
+    assert encoder_of(base).exit_rule is None
+    encoder_of(model).first_only = False
+    assert torch.equal(hidden(base, ids, mask), hidden(inner, ids, mask))
+    model.save_pretrained(tmp_path / "head")  # which still has its exits
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
+    assert encoder_of(again).exit_rule == encoder_of(model).exit_rule
+
+
 def test_files_of_version_1_are_read_and_still_written(tmp_path):
     """What needs no version 2 stays readable for those who only know version 1."""
     model = lk.convert(dense(), {"linear": {"*": {"density": 0.5}}})

@@ -143,6 +143,7 @@ def test_flags_carry_over():
     ("options", "error", "message"),
     [
         ({"density": 0.0}, ValueError, r"density must lie in \(0, 1\], got 0.0"),
+        ({"density": "0.5"}, ValueError, r"density must lie in \(0, 1\], got '0.5'"),
         ({"density": 1.1}, ValueError, r"density must lie in \(0, 1\], got 1.1"),
         ({"density": float("nan")}, ValueError, "density must lie in"),
         ({"density": 0.5, "mask": torch.ones(2, 2)}, ValueError, "density or mask, not both"),

@@ -291,3 +291,12 @@ def test_validate_takes_what_is_valid():
     wraps = i32(0, INT_MAX, -2, 0)
     with pytest.raises(ValueError, match="crow_indices must rise from 0 to nnz = 0"):
         bsr.validate(torch.empty(0, 32, 32), wraps, i32(), 96, 32)
+
+
+@needs_cpu_kernels
+def test_messages_begin_with_the_op():
+    weight, crow = torch.zeros(1, 16, 16), torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"^block_sparse_linear: col_indices must lie in"):
+        block_sparse_linear(
+            torch.zeros(2, 32), weight, crow, crow[1:] + 4, out_features=16, impl="cpu"
+        )

@@ -170,9 +170,10 @@ def _grad_decoder_kernel(
     part = tl.cast(tl.program_id(2), tl.int64)
     mask_n, mask_k = n < features, k < rank
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
-    for start in range(0, split, BLOCK_M):
+    size = tl.minimum(split, places - part * split)
+    for start in range(0, size, BLOCK_M):
         m = part * split + start + tl.arange(0, BLOCK_M)
-        live = (m < places) & (start + tl.arange(0, BLOCK_M) < split)
+        live = start + tl.arange(0, BLOCK_M) < size
         ids, valid = _valid_ids(ids_ptr, m, live, rows)
         factor = tl.load(factor_ptr + m, mask=valid, other=0.0)
         grad = tl.load(  # [BLOCK_M, BLOCK_N]
