@@ -26,6 +26,7 @@ struct Ids {
       : tensor(as_contiguous(t)), wide(t.scalar_type() == ScalarType::Long), count(t.numel()) {
     STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, op, ": ", label,
                     " must be int32 or int64");
+    STD_TORCH_CHECK(count < int64_t(1) << 31, op, ": at most 2^31 - 1 ", label, ", got ", count);
     const uint64_t largest = wide ? largest_of<int64_t, uint64_t>() : largest_of<int32_t, uint32_t>();
     STD_TORCH_CHECK(count == 0 || largest < uint64_t(rows), op, ": ", label, " must lie in [0, ",
                     rows, ")");

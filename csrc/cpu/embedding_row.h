@@ -18,6 +18,12 @@ struct AddedTable {
   }
 };
 
+// Some of the positions of an id: those at begin to end of a list.
+struct Piece {
+  int64_t id;
+  uint32_t begin, end;
+};
+
 enum RowNorm { kNoNorm, kLayerNorm, kRmsNorm };
 
 struct EmbeddingRows {

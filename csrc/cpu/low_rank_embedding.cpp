@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// low_rank_embedding and its gradient on CPU: ids grouped, groups dealt to torch's thread pool.
+// low_rank_embedding and its gradient on CPU: ids grouped, pieces dealt to torch's thread pool.
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -7,7 +7,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "id_groups.h"
+#include "embedding_host.h"
+#include "groups.h"
 #include "isa/activations.h"
 
 namespace lean_kernels {
@@ -17,7 +18,7 @@ constexpr const char* kOp = "low_rank_embedding";
 constexpr int64_t kScratchBytes = 3 << 16;   // of rows one task makes: they stay in L2
 constexpr int64_t kMostRows = 96;
 constexpr double kSerialFlop = 5e5;          // below this a second thread costs more than it brings
-constexpr int64_t kSerialPack = 1 << 17;     // elements of the decoder
+constexpr int64_t kPackTask = 1 << 16;       // elements of the decoder
 constexpr int64_t kGroupedFlop = 2048;       // of a row: less costs no more than finding its copies
 constexpr int64_t kParts = 16;               // sums of the decoder's gradient made side by side
 constexpr int64_t kPartBytes = 1 << 26;      // of all of them
@@ -73,19 +74,24 @@ struct Problem {
     sizes = kernels.sizes(p);
   }
 
-  // The decoder, packed, in memory of the calling thread.
-  const void* pack() const {
-    void* packed = thread_scratch<1>(sizes.packed * wide_bytes);
-    const int64_t elements = p.features * p.rank;
-    const int64_t threads = elements < kSerialPack ? 1 : torch::stable::get_num_threads();
-    const int64_t tasks = std::min(threads, sizes.strips);
-    run_tasks(tasks, threads, [&](int64_t i) {
-      kernels.pack(p, sizes.strips * i / tasks, sizes.strips * (i + 1) / tasks, packed);
-    });
-    return packed;
+  int64_t threads_for(double flop) const {
+    return flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
   }
 
-  // Rows of a task that makes rows of scratch: whole panels, that stay in L2.
+  // Memory of the calling thread for the packed decoder.
+  void* pack_room() const { return thread_scratch<1>(sizes.packed * wide_bytes); }
+
+  // Fills `packed`, and calls `meanwhile` in a task of its own.
+  template <class F>
+  void pack_and(void* packed, int64_t threads, const F& meanwhile) const {
+    const int64_t tasks = std::clamp<int64_t>(p.features * p.rank / kPackTask, 1, sizes.strips);
+    run_tasks(1 + tasks, threads, [&](int64_t i) {
+      if (i == 0) return meanwhile();
+      kernels.pack(p, sizes.strips * (i - 1) / tasks, sizes.strips * i / tasks, packed);
+    });
+  }
+
+  // Rows of a task: whole panels, that stay in L2.
   int64_t task_rows() const {
     const int64_t fit = kScratchBytes / (sizes.made_stride * wide_bytes) / sizes.panel_rows;
     return std::min(kMostRows, std::max<int64_t>(fit, 1) * sizes.panel_rows);
@@ -112,30 +118,35 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
   const RowEnd end(kOp, out, ids0, table0, ids1, table1, norm, norm_weight, norm_bias, eps);
   if (problem.ids.count == 0) return out;
 
-  std::optional<IdGroups> groups;
-  std::vector<int64_t> each;
+  Pieces& work = thread_pieces();
   int64_t rows = problem.ids.count;
-  if (rows > 1 && problem.flop(1) >= kGroupedFlop) {
-    groups.emplace(problem.ids);
-    rows = groups->size();
-    p.ids = groups->id.data();
-    p.first = groups->first.data();
-    p.next = groups->next.data();
-  } else if (problem.ids.wide) {
-    p.ids = static_cast<const int64_t*>(problem.ids.data());
-  } else {
-    for (int64_t i = 0; i < rows; ++i) each.push_back(problem.ids[i]);
-    p.ids = each.data();
+  const int64_t threads = problem.threads_for(problem.flop(rows));
+  std::vector<Piece> each;
+  void* packed = problem.pack_room();
+  problem.pack_and(packed, threads, [&] {
+    if (rows > 1 && problem.flop(1) >= kGroupedFlop) {
+      work.build(problem.ids);
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        each.push_back({problem.ids[i], uint32_t(i), uint32_t(i + 1)});
+    }
+  });
+  p.pieces = each.data();
+  if (each.empty()) {
+    rows = work.count();
+    p.pieces = work.pieces.data();
+    p.positions = work.groups.positions.data();
   }
-  const void* packed = problem.pack();
-  const int64_t threads = problem.flop(rows) < kSerialFlop ? 1 : torch::stable::get_num_threads();
   int64_t tasks = ceil_div(rows, problem.task_rows());
   if (tasks < 4 * threads) tasks = std::min(rows, ceil_div(tasks, threads) * threads);
   const auto row_at = [&](int64_t task) { return rows * task / tasks; };
   run_tasks(tasks, threads, [&](int64_t i) {
-    const int64_t height = row_at(i + 1) - row_at(i);
-    const size_t scratch = height * problem.sizes.row_scratch + problem.sizes.slack;
-    problem.kernels.rows(p, end.rows, packed, row_at(i), row_at(i + 1),
+    const int64_t from = row_at(i), to = row_at(i + 1);
+    const size_t positions = p.pieces[to - 1].end - p.pieces[from].begin;
+    const LowRankSizes& sizes = problem.sizes;
+    const size_t scratch =
+        (to - from) * sizes.row_scratch + positions * sizes.position_scratch + sizes.slack;
+    problem.kernels.rows(p, end.rows, packed, from, to,
                          thread_scratch(scratch * problem.wide_bytes));
   });
   return out;
@@ -152,11 +163,17 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_embedding_grad(
   STD_TORCH_CHECK(in.cols == p.features && in.count == problem.ids.count &&
                       grad.scalar_type() == decoder.scalar_type() && !(scales && need_codes),
                   kOp, ": grad must have the shape and dtype of the rows, and int8 codes none");
-  const IdGroups groups(problem.ids, padding_idx);
-  p.ids = groups.id.data();
-  p.first = groups.first.data();
-  p.next = groups.next.data();
-  const int64_t rows = groups.size(), places = problem.ids.count;
+  Pieces& work = thread_pieces();
+  work.build(problem.ids, padding_idx);
+  p.pieces = work.pieces.data();
+  p.positions = work.groups.positions.data();
+  const int64_t rows = work.count(), places = problem.ids.count;
+  std::vector<uint32_t> counts;
+  if (by_frequency)
+    for (int64_t g = 0; g < work.groups.count(); ++g) {
+      const uint32_t count = work.groups.begins[g + 1] - work.groups.begins[g];
+      counts.insert(counts.end(), (count + Pieces::kMost - 1) / Pieces::kMost, count);
+    }
   const int64_t task_rows = problem.task_rows(), tiles = ceil_div(rows, task_rows);
 
   // Each part sums its tiles in order, and the parts are summed in order: what they are must not
@@ -173,17 +190,21 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_embedding_grad(
   const auto at = [&](std::vector<char>& v, int64_t element) {
     return v.empty() ? nullptr : v.data() + element * problem.wide_bytes;
   };
-  LowRankGrad g{in.tensor.const_data_ptr(), in.stride,
-                by_frequency ? groups.count.data() : nullptr, groups.distinct.data(),
+  LowRankGrad g{in.tensor.const_data_ptr(), in.stride, by_frequency ? counts.data() : nullptr,
                 at(code_rows, 0)};
-  const void* packed = p.activation ? problem.pack() : nullptr;
-  void* grad_packed = nullptr;
-  if (need_codes) {
-    grad_packed = thread_scratch<2>(sizes.grad_packed * problem.wide_bytes);
-    problem.kernels.grad_pack(p, grad_packed);
-  }
   const double flop = problem.flop(rows) * (need_codes + need_decoder) + double(places) * p.features;
-  const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = problem.threads_for(flop);
+  void *packed = nullptr, *grad_packed = nullptr;
+  if (need_codes) grad_packed = thread_scratch<2>(sizes.grad_packed * problem.wide_bytes);
+  const auto pack_for_codes = [&] {
+    if (need_codes) problem.kernels.grad_pack(p, grad_packed);
+  };
+  if (p.activation) {
+    packed = problem.pack_room();
+    problem.pack_and(packed, threads, pack_for_codes);
+  } else {
+    pack_for_codes();
+  }
   run_tasks(parts, threads, [&](int64_t i) {
     for (int64_t tile = tiles * i / parts; tile < tiles * (i + 1) / parts; ++tile) {
       const int64_t begin = tile * task_rows, end = std::min(rows, begin + task_rows);
@@ -203,20 +224,14 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_embedding_grad(
     d_codes = empty({sparse ? places : codes.size(0), rank});
     char* to = static_cast<char*>(d_codes.mutable_data_ptr());
     std::memset(to, 0, d_codes.numel() * decoder.element_size());
-    // Groups of one id are added up in order, each id's in its first group.
-    std::vector<int64_t> owner(groups.count.size(), -1);
-    for (int64_t group = 0; group < rows; ++group) {
-      int64_t& first = owner[groups.distinct[group]];
-      if (first < 0) {
-        first = group;
-      } else {
-        problem.kernels.add(at(code_rows, first * sizes.padded_rank),
-                            at(code_rows, group * sizes.padded_rank), rank);
-      }
+    for (int64_t i = 0, first = 0; i < rows; ++i) {
+      if (p.pieces[i].id != p.pieces[first].id) first = i;
+      void* sum = at(code_rows, first * sizes.padded_rank);
+      if (i > first) problem.kernels.add(sum, at(code_rows, i * sizes.padded_rank), rank);
+      if (i + 1 < rows && p.pieces[i + 1].id == p.pieces[first].id) continue;
+      const int64_t row = sparse ? p.positions[p.pieces[first].begin] : p.pieces[first].id;
+      problem.kernels.sum(sum, 1, sizes.padded_rank, 1, rank, to + row * row_bytes);
     }
-    for (const int64_t group : owner)
-      problem.kernels.sum(at(code_rows, group * sizes.padded_rank), 1, sizes.padded_rank, 1, rank,
-                          to + (sparse ? groups.first[group] : groups.id[group]) * row_bytes);
   }
   if (need_decoder) {
     d_decoder = empty({p.features, rank});

@@ -8,7 +8,7 @@
 
 namespace lean_kernels {
 
-// Rows activation(codes[id] decoderᵀ + bias), one for each group of places with the same id.
+// Rows activation(codes[id] decoderᵀ + bias), one for each piece, written to all its positions.
 struct LowRank {
   const void* codes;    // [*, rank], unit stride within a row; int8 with scales
   const float* scales;  // of each row of codes, or null
@@ -16,19 +16,17 @@ struct LowRank {
   const void* bias;     // [features] or null
   int64_t code_stride, decoder_out, decoder_in;  // elements
   int64_t features, rank;
-  int activation;        // as in isa/activations.h
-  const int64_t* ids;    // of each group
-  const int64_t* first;  // of each group: its first place; null: the groups are the places
-  const int64_t* next;   // of each place: the next of its group, or -1
+  int activation;  // as in isa/activations.h
+  const Piece* pieces;
+  const uint32_t* positions;  // listed by pieces; null: each piece has the one it begins at
 };
 
 // What the gradient takes besides. Accumulators are float32, or float64 for float64.
 struct LowRankGrad {
-  const void* grad;  // [places, features], unit stride within a row
+  const void* grad;  // [positions, features], unit stride within a row
   int64_t grad_stride;
-  const int64_t* count;     // of each distinct id, to divide its gradient by; or null
-  const int32_t* distinct;  // of each group: the number of its id
-  void* codes;              // [groups, padded rank] accumulators; null: not needed
+  const uint32_t* count;  // of positions of each piece's id, to divide its gradient by; or null
+  void* codes;            // [pieces, padded rank] accumulators; null: not needed
 };
 
 // In elements of accumulators.
@@ -37,7 +35,8 @@ struct LowRankSizes {
   int64_t padded_rank;  // of gradients
   int64_t made_stride;  // from row to row of scratch
   size_t packed, grad_packed;
-  size_t row_scratch, grad_row_scratch, slack;  // scratch: of each group, and once
+  // Scratch: of each piece, of each of its positions (`rows` alone), and once.
+  size_t row_scratch, grad_row_scratch, position_scratch, slack;
   int64_t panel_rows;                           // of a register tile
 };
 
@@ -46,10 +45,10 @@ struct LowRankKernels {
   // The decoder in the order of `rows` and, with an activation, of `grad`: strips [begin, end).
   void (*pack)(const LowRank&, int64_t begin, int64_t end, void* packed);
   void (*grad_pack)(const LowRank&, void* packed);
-  // Makes the rows of groups [begin, end) and writes each to all its places.
+  // Makes the rows of pieces [begin, end) and writes each to all its positions.
   void (*rows)(const LowRank&, const EmbeddingRows&, const void* packed, int64_t begin,
                int64_t end, void* scratch);
-  // Adds what groups [begin, end) contribute to `decoder` [features, padded rank] and `bias`
+  // Adds what pieces [begin, end) contribute to `decoder` [features, padded rank] and `bias`
   // [made_stride], accumulators, null where not needed.
   void (*grad)(const LowRank&, const LowRankGrad&, const void* packed, const void* grad_packed,
                int64_t begin, int64_t end, void* decoder, void* bias, void* scratch);

@@ -22,7 +22,6 @@ constexpr int64_t kTaskPieces = 16;            // small enough to balance, no sm
 constexpr int64_t kSerialWork = 1 << 19;       // multiply-adds: a second thread costs more below
 constexpr int64_t kGroupedIds = 32;            // fewer are not worth bringing together
 constexpr int64_t kScatteredBytes = 1 << 22;   // no prefetching helps rows out of order: stream more
-constexpr uint32_t kPiecePositions = 64;       // an id with more is cut, to balance and to sum well
 constexpr int64_t kChunkPieces = 512;          // whose gradients are held at a time,
 constexpr int64_t kChunkPositions = 1024;      // and of how many positions, where tables were added
 constexpr int64_t kColumns = 256;              // of an added table's gradient, in one task
@@ -77,29 +76,6 @@ bool ascend(const Ids& ids) {
   return true;
 }
 
-// Ids grouped, and the groups cut into pieces.
-struct Work {
-  Groups groups;
-  std::vector<Piece> pieces;
-
-  void build(const Ids& ids, int64_t except) {
-    STD_TORCH_CHECK(ids.count < int64_t(1) << 31, kOp, ": at most 2^31 - 1 ids, got ", ids.count);
-    groups.build(ids.count, [&](int64_t i) { return ids[i] == except ? -1 : ids[i]; });
-    pieces.clear();
-    for (int64_t g = 0; g < groups.count(); ++g) {
-      const uint32_t end = groups.begins[g + 1];
-      for (uint32_t at = groups.begins[g]; at < end; at += kPiecePositions)
-        pieces.push_back({groups.keys[g], at, std::min(at + kPiecePositions, end)});
-    }
-  }
-};
-
-// Kept from call to call, like thread_scratch.
-Work& thread_work() {
-  thread_local Work work;
-  return work;
-}
-
 int64_t threads_for(const TensorProduct& p, int64_t rows, int64_t positions) {
   const int64_t work = (rows * p.rank + positions) * p.features;
   return work < kSerialWork ? 1 : torch::stable::get_num_threads();
@@ -132,9 +108,9 @@ Tensor tensor_product_embedding(const Tensor& ids, const Tensor& morphemes, cons
       if (!kernels.rows(p, end.rows, pieces, count, nullptr, thread_scratch(bytes))) right = false;
     });
   } else {
-    Work& work = thread_work();
-    work.build(chosen, -1);
-    const int64_t pieces = int64_t(work.pieces.size());
+    Pieces& work = thread_pieces();
+    work.build(chosen);
+    const int64_t pieces = work.count();
     const int64_t threads = threads_for(p, pieces, chosen.count);
     run_tasks(ceil_div(pieces, kTaskPieces), threads, [&](int64_t task) {
       const int64_t begin = task * kTaskPieces, count = std::min(kTaskPieces, pieces - begin);
@@ -175,10 +151,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad
 
   const TensorProductKernels& kernels = cpu_kernels().tensor_product[table.dtype];
   const size_t bytes = kernels.scratch(p);
-  Work& work = thread_work();
+  Pieces& work = thread_pieces();
   work.build(chosen, padding_idx);
   const uint32_t* positions = work.groups.positions.data();
-  const int64_t pieces = int64_t(work.pieces.size());
+  const int64_t pieces = work.count();
   const int64_t threads = threads_for(p, pieces, chosen.count), share = p.rank * p.size;
   const int64_t chunk = std::min(kChunkPieces, pieces), tasks = ceil_div(chunk, kTaskPieces);
   const Tensor shares = torch::stable::new_empty(factors, {chunk * p.order * share}, kind);
@@ -186,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad
   Tensor rows;
   if (added)
     rows = torch::stable::new_empty(
-        factors, {std::min(chosen.count, kChunkPositions + kPiecePositions) * features}, kind);
+        factors, {std::min(chosen.count, kChunkPositions + Pieces::kMost) * features}, kind);
   std::atomic<bool> right{true};
   Groups same;
   std::vector<uint32_t> every;

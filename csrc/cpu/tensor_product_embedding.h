@@ -37,12 +37,6 @@ struct TensorProduct {
   }
 };
 
-// Some of the positions of an id: those at begin to end of a list.
-struct Piece {
-  int64_t id;
-  uint32_t begin, end;
-};
-
 // What the gradient of pieces goes to; all in accumulators.
 struct TensorProductGrads {
   const void* grad;          // [positions, features], contiguous, in the factors' dtype

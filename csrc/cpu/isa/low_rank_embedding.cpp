@@ -42,7 +42,6 @@ void tile_of(const A* x, int64_t x_step, const A* w, int64_t w_step, int64_t dep
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = init ? load(init + v * W) : Vec<A>{};
-#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k, x += x_step, w += w_step) {
     Vec<A> wk[V];
 #pragma GCC unroll 2
@@ -107,11 +106,11 @@ LK_INLINE A one_code(const C* p, A scale) {
 
 template <class C>
 LK_INLINE const C* code_row(const LowRank& p, int64_t group) {
-  return static_cast<const C*>(p.codes) + p.ids[group] * p.code_stride;
+  return static_cast<const C*>(p.codes) + p.pieces[group].id * p.code_stride;
 }
 template <class A>
 LK_INLINE A code_scale(const LowRank& p, int64_t group) {
-  return p.scales ? A(p.scales[p.ids[group]]) : A(1);
+  return p.scales ? A(p.scales[p.pieces[group].id]) : A(1);
 }
 
 // Codes of groups [begin, begin + rows) as [rank][rows], rows at most a tile's. May write a vector
@@ -182,53 +181,123 @@ void pack(const LowRank& p, int64_t begin, int64_t end, void* packed) {
                           : A(0);
 }
 
-// made [end - begin rows, made_stride] = activation(codes decoderᵀ + bias) of groups [begin, end).
-template <class S, class C, class A>
-void make_rows(const LowRank& p, int activation, const A* packed, int64_t begin, int64_t end,
-               A* made, A* panels) {
+// activation(codes decoderᵀ + bias) of pieces [begin, end), a tile [height, kStrip] at a time: that of
+// pieces from begin + at on and features from o on goes to out(at, o), its rows ld apart, and
+// done(at, height, o) is called.
+template <class S, class C, class A, class Out, class Done>
+LK_INLINE void make_tiles(const LowRank& p, int activation, const A* packed, int64_t begin,
+                          int64_t end, A* panels, int64_t ld, Out out, Done done) {
   constexpr int N = kStrip<A>;
   const Panels cut(end - begin, kWideRows);
-  const int64_t ld = made_stride<A>(p.features);
   const Tile<A> taller = tile_for<A, 2>(cut.height + 1), rest = tile_for<A, 2>(cut.height);
-  for (int64_t i = 0, at = 0; i < cut.count; ++i) {
-    const int64_t height = cut.height + (i < cut.taller);
+  const auto each_panel = [&](auto f) {
+    for (int64_t i = 0, at = 0; i < cut.count; ++i) {
+      const int64_t height = cut.height + (i < cut.taller);
+      f(at, height, i < cut.taller ? taller : rest);
+      at += height;
+    }
+  };
+  each_panel([&](int64_t at, int64_t height, Tile<A>) {
     gather_panel<C>(p, begin + at, height, end, panels + at * p.rank);
-    at += height;
-  }
+  });
   for (int64_t o = 0; o < p.features; o += N, packed += p.rank * N) {
     A bias[N] = {};
     if (p.bias)
       for (int64_t c = 0; c < min_of<int64_t>(N, p.features - o); ++c)
         bias[c] = widen(static_cast<const S*>(p.bias)[o + c]);
-    for (int64_t i = 0, at = 0; i < cut.count; ++i) {
-      const int64_t height = cut.height + (i < cut.taller);
-      A* out = made + at * ld + o;
-      multiply(i < cut.taller ? taller : rest, panels + at * p.rank, height, packed, N, p.rank,
-               bias, false, out, ld);
-      if (activation) finish<A, A>(activation, out, ld, int(height), N, nullptr, 0, out, ld);
-      at += height;
-    }
+    each_panel([&](int64_t at, int64_t height, Tile<A> tile) {
+      A* to = out(at, o);
+      multiply(tile, panels + at * p.rank, height, packed, N, p.rank, bias, false, to, ld);
+      if (activation) finish<A, A>(activation, to, ld, int(height), N, nullptr, 0, to, ld);
+      done(at, height, o);
+    });
   }
 }
 
+// made [end - begin, made_stride] = the rows of pieces [begin, end).
+template <class S, class C, class A>
+void make_rows(const LowRank& p, int activation, const A* packed, int64_t begin, int64_t end,
+               A* made, A* panels) {
+  const int64_t ld = made_stride<A>(p.features);
+  make_tiles<S, C>(
+      p, activation, packed, begin, end, panels, ld,
+      [&](int64_t at, int64_t o) { return made + at * ld + o; },
+      [](int64_t, int64_t, int64_t) {});
+}
+
 template <class F>
-LK_INLINE void each_place(const LowRank& p, int64_t group, F f) {
-  if (!p.first) return f(group);
-  for (int64_t place = p.first[group]; place >= 0; place = p.next[place]) f(place);
+LK_INLINE void each_place(const LowRank& p, int64_t piece, F f) {
+  const uint32_t end = p.pieces[piece].end;
+  for (uint32_t at = p.pieces[piece].begin; at < end; ++at) f(p.positions ? p.positions[at] : at);
+}
+
+// A row that is made, and one of the places it goes to.
+template <class S, class A>
+struct Copy {
+  const A* from;
+  S* to;
+};
+
+template <bool streamed, class S, class A>
+LK_INLINE void copy_all(const Copy<S, A>* copies, int64_t count, int64_t o, int64_t features) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = [&](int64_t c, auto kind) { return read(kind, copies[i].from + c); };
+    write_row<streamed>(copies[i].to + o, features, value);
+  }
+}
+
+// Rows without an end, written strip by strip while later ones are multiplied.
+template <bool streamed, class S, class C, class A>
+void plain_rows(const LowRank& p, const EmbeddingRows& end_of_row, const A* packed, int64_t begin,
+                int64_t end, void* scratch) {
+  constexpr int N = kStrip<A>;
+  const uint32_t first = p.pieces[begin].begin;
+  A* made = static_cast<A*>(scratch);
+  A* panels = made + (end - begin) * N;
+  A* after = panels + round_up((end - begin) * p.rank + kLanes<A>, N);
+  // A list, since how often a row occurs is not predictable.
+  auto* copies = reinterpret_cast<Copy<S, A>*>(after);
+  for (int64_t g = begin, i = 0; g < end; ++g)
+    each_place(p, g, [&](int64_t place) {
+      copies[i++] = {made + (g - begin) * N,
+                     static_cast<S*>(end_of_row.out) + place * end_of_row.stride};
+    });
+  make_tiles<S, C>(
+      p, p.activation, packed, begin, end, panels, N,
+      [&](int64_t at, int64_t) { return made + at * N; },
+      [&](int64_t at, int64_t height, int64_t o) {
+        const Piece* piece = p.pieces + begin + at;
+        const auto* from = copies + (piece->begin - first);
+        const int64_t count = piece[height - 1].end - piece->begin;
+        if (p.features - o >= N) {
+          copy_all<streamed>(from, count, o, N);
+        } else {
+          copy_all<streamed>(from, count, o, p.features - o);
+        }
+      });
 }
 
 template <class S, class C>
 void rows_of(const LowRank& p, const EmbeddingRows& end_of_row, const void* packed, int64_t begin,
              int64_t end, void* scratch) {
   using A = typename Accumulator<S>::type;
-  const int64_t ld = made_stride<A>(p.features);
-  A* made = static_cast<A*>(scratch);
-  A* finished = made + (end - begin) * ld;
-  make_rows<S, C>(p, p.activation, static_cast<const A*>(packed), begin, end, made, finished + ld);
-  for (int64_t g = begin; g < end; ++g)
-    each_place(p, g, [&](int64_t place) {
-      finish_row<S>(end_of_row, place, made + (g - begin) * ld, finished);
-    });
+  const A* weights = static_cast<const A*>(packed);
+  // What is streamed must be whole cache lines.
+  constexpr bool kLines = kStrip<A> * sizeof(S) % 64 == 0;
+  if (end_of_row.plain() && end_of_row.stream && kLines) {
+    plain_rows<true, S, C>(p, end_of_row, weights, begin, end, scratch);
+  } else if (end_of_row.plain() && !end_of_row.stream) {
+    plain_rows<false, S, C>(p, end_of_row, weights, begin, end, scratch);
+  } else {
+    const int64_t ld = made_stride<A>(p.features);
+    A* made = static_cast<A*>(scratch);
+    A* finished = made + (end - begin) * ld;
+    make_rows<S, C>(p, p.activation, weights, begin, end, made, finished + ld);
+    for (int64_t g = begin; g < end; ++g)
+      each_place(p, g, [&](int64_t place) {
+        finish_row<S>(end_of_row, place, made + (g - begin) * ld, finished);
+      });
+  }
   end_of_stores();
 }
 
@@ -303,7 +372,7 @@ void sum_places(const LowRank& p, const LowRankGrad& g, const A* packed, int64_t
       });
     });
     if (g.count) {
-      const A scale = A(1) / A(g.count[g.distinct[group]]);
+      const A scale = A(1) / A(g.count[group]);
       for (int64_t i = 0; i < p.features; ++i) to[i] *= scale;
     }
   }
@@ -400,6 +469,7 @@ LowRankSizes sizes(const LowRank& p) {
   s.grad_packed = size_t(p.features * s.padded_rank);
   s.row_scratch = size_t(s.made_stride + p.rank);
   s.grad_row_scratch = size_t((p.activation ? 2 : 1) * s.made_stride + s.padded_rank + p.rank);
+  s.position_scratch = sizeof(Copy<S, A>) / sizeof(A);
   s.slack = size_t(s.made_stride + kWideRows * p.features + kLanes<A>);
   s.panel_rows = kWideRows;
   return s;
