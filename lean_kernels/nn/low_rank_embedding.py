@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lean_kernels.nn.compressed_embedding import CompressedEmbedding, TiledHead, table_of
+from lean_kernels.ops._row_norm import check_ids
 from lean_kernels.ops.low_rank_embedding import op
 
 
@@ -139,18 +140,10 @@ class LowRankEmbedding(CompressedEmbedding):
     def fused(self, ids: Tensor, padding_idx: int | None, added=(), norm=None) -> Tensor:
         """`lookup`, then what the op can do besides: see `lean_kernels.ops.low_rank_embedding`."""
         scales = None if self.scales is None else self.scales.float()  # .half() rounds buffers too
-        return op.low_rank_embedding(
-            ids,
-            self.codes,
-            self.decoder,
-            self.bias,
-            activation=self.activation,
-            scales=scales,
-            added=added,
-            norm=norm,
-            padding_idx=padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
+        check_ids(type(self).__name__, "ids", ids, self.codes.device)
+        options = padding_idx, self.scale_grad_by_freq, self.sparse
+        return op.apply(
+            ids, self.codes, scales, self.decoder, self.bias, self.activation, added, norm, options
         )
 
     def tied_head(self, bias: Tensor | None = None) -> nn.Module:

@@ -31,7 +31,8 @@ bool make_rows(const TensorProduct& p, const EmbeddingRows& end, const Piece* pi
     int64_t index[kMostOrder] = {};
     if (!p.morphemes_of(piece.id, index)) return false;
     if (i + 2 < count) prefetch_factors<S>(p, pieces[i + 2].id);
-    make_row<S>(p, index, scratch);
+    read_all<S>(p, index, scratch);
+    make_row(p, scratch);
     const bool repeated = piece.end - piece.begin > 1 && end.norm != kNoNorm && !added;
     if (repeated) finish_row<A>(in_place, 0, made, made);
     for (uint32_t at = piece.begin; at < piece.end; ++at)
@@ -182,11 +183,8 @@ bool make_grads(const TensorProduct& p, const EmbeddingRows& end, const TensorPr
     int64_t index[kMostOrder] = {};
     if (!p.morphemes_of(piece.id, index)) return false;
     if (i + 2 < count) prefetch_factors<S>(p, pieces[i + 2].id);
-    if (end.norm != kNoNorm) {
-      make_row<S>(p, index, scratch);
-    } else {
-      for (int k = 0; k < p.order; ++k) read_factors<S>(p, index[k], scratch.factors[k]);
-    }
+    read_all<S>(p, index, scratch);
+    if (end.norm != kNoNorm) make_row(p, scratch);
     std::fill(g, g + p.width[0], A(0));
     for (uint32_t at = piece.begin; at < piece.end; ++at) {
       const S* upstream = row_of(at);

@@ -152,11 +152,17 @@ struct RowScratch {
   }
 };
 
-// scratch.made = the row of these morphemes.
+// scratch.factors = those of these morphemes.
 template <class S, class A>
-void make_row(const TensorProduct& p, const int64_t (&index)[kMostOrder], RowScratch<A>& scratch) {
+void read_all(const TensorProduct& p, const int64_t (&index)[kMostOrder], RowScratch<A>& scratch) {
+  for (int k = 0; k < kMostOrder && k < p.order; ++k)
+    read_factors<S>(p, index[k], scratch.factors[k]);
+}
+
+// scratch.made = the row of scratch.factors.
+template <class A>
+void make_row(const TensorProduct& p, RowScratch<A>& scratch) {
   const auto stride = [&](int k) { return k == p.order - 1 ? p.size : p.width[k]; };
-  for (int k = 0; k < p.order; ++k) read_factors<S>(p, index[k], scratch.factors[k]);
   for (int k = p.order - 2; k > 0; --k)
     tensor_product(scratch.factors[k], scratch.tails[k + 1], scratch.tails[k], p.rank, p.size,
                    stride(k + 1), p.used[k], p.width[k + 1]);
