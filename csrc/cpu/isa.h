@@ -41,6 +41,7 @@ struct AmxKernels {
 };
 namespace avx512 {
 extern const AmxKernels amx;
+extern const BlockSparseKernels block_sparse_float16_amx;  // gradients of weights aside
 }
 
 struct CpuKernels {
