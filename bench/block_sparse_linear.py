@@ -78,6 +78,13 @@ REQUIREMENTS = (
         _at(1.0),
     ),
     Requirement(
+        "float16, M >= 128, over dense float16, x density",
+        "1.5",
+        lambda: _large((128, 512), dtype="float16"),
+        _of_ideal,
+        _at(1.5),
+    ),
+    Requirement(
         "float32, 16x16 and vector blocks, M >= 128, over F.linear, x density",
         "0.8",
         lambda: _large((128,), block=SMALL_BLOCKS, density=(0.2, 0.1)),

@@ -49,13 +49,16 @@ CpuKernels amx_kernels() {
   CpuKernels kernels = avx512_kernels();
   static BlockSparseKernels block_sparse[kDtypes];
   std::copy_n(kernels.block_sparse, int(kDtypes), block_sparse);
-  BlockSparseKernels pairs = avx512::amx.block_sparse_bfloat16;
-  pairs.outer_pack = block_sparse[kBFloat16].outer_pack;
-  pairs.outer = block_sparse[kBFloat16].outer;
-  block_sparse[kBFloat16] = pairs;
   static AttentionKernels attention[kDtypes];
   std::copy_n(kernels.attention, int(kDtypes), attention);
   attention[kBFloat16] = avx512::amx_attention;
+  const auto replace = [&](Dtype dtype, const BlockSparseKernels& by) {
+    block_sparse[dtype].product_rows = by.product_rows;
+    block_sparse[dtype].product_scratch = by.product_scratch;
+    block_sparse[dtype].product = by.product;
+  };
+  replace(kBFloat16, avx512::amx.block_sparse_bfloat16);
+  replace(kFloat16, avx512::block_sparse_float16_amx);
   kernels.name = "amx";
   kernels.attention = attention;
   kernels.block_sparse = block_sparse;

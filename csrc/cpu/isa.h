@@ -41,7 +41,8 @@ struct AmxKernels {
 };
 namespace avx512 {
 extern const AmxKernels amx;
-extern const AttentionKernels amx_attention;  // of bfloat16
+extern const AttentionKernels amx_attention;               // of bfloat16
+extern const BlockSparseKernels block_sparse_float16_amx;  // gradients of weights aside
 }
 
 struct CpuKernels {
