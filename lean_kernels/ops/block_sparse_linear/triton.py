@@ -56,6 +56,54 @@ def _activate(z, ACTIVATION: tl.constexpr):
     return z
 
 
+@triton.jit
+def _tile(tokens, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """The token tile and the tile of the result's columns that this program makes."""
+    # GROUP_M token tiles walk the rows side by side: weights and x are then found in L2.
+    tiles_m = tl.cdiv(tokens, BLOCK_M)
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return first_m + within % group_m, within // group_m
+
+
+@triton.jit
+def _row(start_ptr, row, nnz, SIZE_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The entries of a block row, from start to stop, and the steps of BLOCK_K they take."""
+    start = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), nnz)
+    stop = tl.minimum(tl.maximum(tl.load(start_ptr + row + 1), start), nnz)
+    if SIZE_K < BLOCK_K:
+        steps = tl.cdiv(stop - start, BLOCK_K // SIZE_K)
+    else:
+        steps = (stop - start) * (SIZE_K // BLOCK_K)
+    return start, stop, steps
+
+
+@triton.jit
+def _step(
+    step, index_ptr, start, stop, features_k, SIZE_K: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Of each of the BLOCK_K places of a step: entry, place within its block, feature, whether it
+    is there. A step is a part of one block, or several blocks."""
+    lane = tl.arange(0, BLOCK_K)
+    if SIZE_K < BLOCK_K:
+        entry = start + step * (BLOCK_K // SIZE_K) + lane // SIZE_K
+        k = lane % SIZE_K
+    else:
+        entry = start + step // (SIZE_K // BLOCK_K)
+        k = step % (SIZE_K // BLOCK_K) * BLOCK_K + lane
+    index = tl.load(index_ptr + entry, mask=entry < stop, other=-1)
+    if SIZE_K < BLOCK_K:
+        # What the compiler cannot know of loaded values, and needs for wide loads.
+        index = tl.max_constancy(index, SIZE_K)
+    live = (index >= 0) & (index < tl.cdiv(features_k, SIZE_K))
+    feature = tl.where(live, index, 0) * SIZE_K + k
+    if SIZE_K < BLOCK_K:
+        feature = tl.max_contiguous(tl.multiple_of(feature, SIZE_K), SIZE_K)
+    return entry, k, feature, live & (feature < features_k)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _matmul_kernel(
     x_ptr,  # [tokens, features_k]
@@ -88,15 +136,7 @@ def _matmul_kernel(
     PRECISION: tl.constexpr,
 ):
     CUTS_N: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
-    tiles_m = tl.cdiv(tokens, BLOCK_M)
-    tiles_n = tl.cdiv(features_n, SIZE_N) * CUTS_N
-    # GROUP_M token tiles walk the rows side by side: weights and x are then found in L2.
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    tile_m = first_m + within % group_m
-    tile_n = within // group_m
+    tile_m, tile_n = _tile(tokens, tl.cdiv(features_n, SIZE_N) * CUTS_N, BLOCK_M, GROUP_M)
     row = tile_n // CUTS_N
 
     m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,35 +145,16 @@ def _matmul_kernel(
     x_rows = x_ptr + m[:, None] * stride_xm
     w_cols = weight_ptr + tl.cast(n, tl.int64)[None, :] * stride_wn
 
-    start = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), nnz)
-    stop = tl.minimum(tl.maximum(tl.load(start_ptr + row + 1), start), nnz)
-    blocks_k = tl.cdiv(features_k, SIZE_K)
-    if SIZE_K < BLOCK_K:
-        steps = tl.cdiv(stop - start, BLOCK_K // SIZE_K)
-    else:
-        steps = (stop - start) * (SIZE_K // BLOCK_K)
+    start, stop, steps = _row(start_ptr, row, nnz, SIZE_K, BLOCK_K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for step in range(steps):
-        lane = tl.arange(0, BLOCK_K)
+        entry, k, feature, mask_k = _step(step, index_ptr, start, stop, features_k, SIZE_K, BLOCK_K)
+        block = entry
+        if order_ptr is not None:
+            block = tl.load(order_ptr + entry, mask=entry < stop, other=0)
         if SIZE_K < BLOCK_K:
-            entry = start + step * (BLOCK_K // SIZE_K) + lane // SIZE_K
-            k = lane % SIZE_K
-        else:
-            entry = start + step // (SIZE_K // BLOCK_K)
-            k = step % (SIZE_K // BLOCK_K) * BLOCK_K + lane
-        live = entry < stop
-        index = tl.load(index_ptr + entry, mask=live, other=-1)
-        block = tl.load(order_ptr + entry, mask=live, other=0) if order_ptr is not None else entry
-        if SIZE_K < BLOCK_K:
-            # What the compiler cannot know of loaded values, and needs for wide loads.
-            index = tl.max_constancy(index, SIZE_K)
             block = tl.max_constancy(block, SIZE_K)
-        live = (index >= 0) & (index < blocks_k)
-        feature = tl.where(live, index, 0) * SIZE_K + k
-        if SIZE_K < BLOCK_K:
-            feature = tl.max_contiguous(tl.multiple_of(feature, SIZE_K), SIZE_K)
-        mask_k = live & (feature < features_k)
         x = tl.load(  # [BLOCK_M, BLOCK_K]
             x_rows + tl.cast(feature, tl.int64)[None, :] * stride_xk,
             mask=mask_m[:, None] & mask_k[None, :],

@@ -16,7 +16,10 @@ from lean_kernels.ops.block_sparse_linear.triton import (
     _activate,
     _check,
     _clamp,
+    _row,
     _rows,
+    _step,
+    _tile,
 )
 
 
@@ -84,41 +87,17 @@ def _matmul_int8_kernel(
     ACTIVATION: tl.constexpr,
 ):
     CUTS_N: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
-    tiles_m = tl.cdiv(tokens, BLOCK_M)
-    tiles_n = tl.cdiv(features_n, SIZE_N) * CUTS_N
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    tile_m = first_m + within % group_m
-    tile_n = within // group_m
+    tile_m, tile_n = _tile(tokens, tl.cdiv(features_n, SIZE_N) * CUTS_N, BLOCK_M, GROUP_M)
     row = tile_n // CUTS_N
 
     m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n % CUTS_N * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = m < tokens
-    start = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), nnz)
-    stop = tl.minimum(tl.maximum(tl.load(start_ptr + row + 1), start), nnz)
-    blocks_k = tl.cdiv(features_k, SIZE_K)
-    if SIZE_K < BLOCK_K:
-        steps = tl.cdiv(stop - start, BLOCK_K // SIZE_K)
-    else:
-        steps = (stop - start) * (SIZE_K // BLOCK_K)
+    start, stop, steps = _row(start_ptr, row, nnz, SIZE_K, BLOCK_K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for step in range(steps):
-        lane = tl.arange(0, BLOCK_K)
-        if SIZE_K < BLOCK_K:
-            entry = start + step * (BLOCK_K // SIZE_K) + lane // SIZE_K
-            k = lane % SIZE_K
-        else:
-            entry = start + step // (SIZE_K // BLOCK_K)
-            k = step % (SIZE_K // BLOCK_K) * BLOCK_K + lane
-        live = entry < stop
-        index = tl.load(index_ptr + entry, mask=live, other=-1)
-        live = (index >= 0) & (index < blocks_k)
-        feature = tl.where(live, index, 0) * SIZE_K + k
-        mask_k = live & (feature < features_k)
+        entry, k, feature, mask_k = _step(step, index_ptr, start, stop, features_k, SIZE_K, BLOCK_K)
         q = tl.load(  # [BLOCK_M, BLOCK_K]
             q_ptr + m[:, None] * features_k + tl.cast(feature, tl.int64)[None, :],
             mask=mask_m[:, None] & mask_k[None, :],
