@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How register tiles multiply: packed elements of type P hold kInputs inputs each.
+// How register tiles multiply: packed elements of type P hold kInputs inputs each, and panels hold
+// kDepth elements of a row after another.
 #pragma once
 
 #include "vec.h"
@@ -12,6 +13,7 @@ struct MultiplyAdd {
   using A = A_;
   using P = A_;
   static constexpr int kInputs = 1;
+  static constexpr int kDepth = 16;
 
   static LK_INLINE Vec<A> add(Vec<A> sum, Vec<P> w, P x) { return sum + w * x; }
   // A vector of packed elements, and one of which `left` inputs are there.
@@ -36,6 +38,7 @@ struct BFloat16Pairs {
   using A = float;
   using P = int32_t;
   static constexpr int kInputs = 2;
+  static constexpr int kDepth = 8;
 
   // AMD's cores multiply a vector of pairs in the time of one of float32, Intel's without AMX in
   // twice that time.
