@@ -17,7 +17,16 @@ struct Entries {
   const P* w;  // [entry][block_in][...], outputs contiguous
   int64_t w_block, w_in;
   int64_t block_in, inputs;
-  bool first_use;  // of these weights: they may be far away
+};
+
+constexpr int kStep = 8;  // inputs a tile multiplies between prefetches
+constexpr int64_t kMostAhead = 2 * kStep;
+
+// Memory wanted later, of which each step of a tile asks for some lines: all at once would leave
+// its own loads waiting.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;
 };
 
 // Inputs one chain of float32 sums runs over before it is added to the total: rounding errors of
@@ -25,15 +34,15 @@ struct Entries {
 constexpr int64_t kChainInputs = 1024;
 
 // out [R, V vectors] = init + sum over entries of x [R, block_in] w [block_in, V vectors].
-// x: panel [input block][R][block_in].
-template <class M, int R, int V, int kBlockIn, class A = typename M::A, class P = typename M::P>
-void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out, int64_t ldo) {
-  constexpr int W = kLanes<A>, kChain = kChainInputs / M::kInputs;
-  const int64_t block_in = kBlockIn ? kBlockIn : e.block_in;
+// x: panel [inputs / D][R][D].
+template <class M, int R, int V, int D, bool kOneInput, class A = typename M::A,
+          class P = typename M::P>
+void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out, int64_t ldo,
+                    Ahead ahead) {
+  constexpr int W = kLanes<A>, kChain = kChainInputs / M::kInputs, kUnrolled = D > 1 ? kStep : 1;
+  const int64_t block_in = kOneInput ? 1 : e.block_in;
   const int64_t w_in = e.w_in;
   const int64_t chain = kChain > block_in ? kChain / block_in : 1;
-  // Ask early for what no hardware prefetcher foresees: weights on the next pages (on their first
-  // use), inputs of the next block or, at the end, of the next panel.
   int64_t i = 0;
   do {
     Vec<A> acc[R][V];
@@ -46,27 +55,34 @@ void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out,
     for (; i < stop; ++i) {
       const P* xb = x + e.index[i] * (R * block_in);
       const P* wb = e.w + (e.position ? e.position[i] : i) * e.w_block;
-      if constexpr (kBlockIn != 1) {
-        const P* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
-                                        : x + R * e.inputs + e.index[0] * (R * block_in);
-        for (int64_t k = 0; k < R * block_in; k += 64 / sizeof(P)) __builtin_prefetch(next + k);
-        if (e.first_use)
-          for (int64_t k = 0; k < block_in; ++k)
-            __builtin_prefetch(wb + 2 * e.w_block + k * e.w_in);
-      }
+      // No hardware prefetcher foresees the next block of x or, at the end, of the next panel.
+      const P* next = i + 1 < e.count ? x + e.index[i + 1] * (R * block_in)
+                                      : x + R * e.inputs + e.index[0] * (R * block_in);
+#pragma GCC unroll 1
+      for (int64_t k = 0; k < block_in; k += D, xb += R * D)
+#pragma GCC unroll 1
+        for (int step = 0; step < D; step += kStep, wb += kUnrolled * w_in) {
+          if constexpr (D > 1) {
+#pragma GCC unroll 16
+            for (int at = 0; at < R * kStep; at += 64 / sizeof(P)) __builtin_prefetch(next + at);
+            next += R * kStep;
+#pragma GCC unroll 1
+            for (int64_t l = 0; l < ahead.lines; ++l, ahead.at += 64)
+              __builtin_prefetch(ahead.at, 0, 2);
+          }
 #pragma GCC unroll 8
-      for (int64_t k = 0; k < block_in; ++k) {
-        const P* wk = wb + k * w_in;
-        Vec<P> w[V];
+          for (int d = 0; d < kUnrolled; ++d) {
+            Vec<P> w[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) w[v] = load(wk + v * W);
+            for (int v = 0; v < V; ++v) w[v] = load(wb + d * w_in + v * W);
 #pragma GCC unroll 24
-        for (int r = 0; r < R; ++r) {
-          P xs = xb[r * block_in + k];
+            for (int r = 0; r < R; ++r) {
+              const P xs = xb[r * D + step + d];
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) acc[r][v] = M::add(acc[r][v], w[v], xs);
+              for (int v = 0; v < V; ++v) acc[r][v] = M::add(acc[r][v], w[v], xs);
+            }
+          }
         }
-      }
     }
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
@@ -80,26 +96,22 @@ void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out,
 
 template <class M>
 using TileLanesOut = void (*)(const Entries<typename M::P>&, const typename M::P*,
-                              const Vec<typename M::A>*, typename M::A*, int64_t);
+                              const Vec<typename M::A>*, typename M::A*, int64_t, Ahead);
 
-template <class M, int V, int kBlockIn, int R>
+template <class M, int V, int D, bool kOneInput, int R>
 TileLanesOut<M> tile_of_height(int64_t rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    return rows == R ? tile_lanes_out<M, R, V, kBlockIn>
-                     : tile_of_height<M, V, kBlockIn, R - 1>(rows);
+    return rows == R ? tile_lanes_out<M, R, V, D, kOneInput>
+                     : tile_of_height<M, V, D, kOneInput, R - 1>(rows);
   }
 }
 template <class M, int V, int R>
 TileLanesOut<M> tile_for(int64_t rows, int64_t block_in) {
-  switch (block_in) {
-    case 1: return tile_of_height<M, V, 1, R>(rows);
-    case 16: return tile_of_height<M, V, 16, R>(rows);
-    case 32: return tile_of_height<M, V, 32, R>(rows);
-    case 64: return tile_of_height<M, V, 64, R>(rows);
-    default: return tile_of_height<M, V, 0, R>(rows);
-  }
+  if (block_in % M::kDepth == 0) return tile_of_height<M, V, M::kDepth, false, R>(rows);
+  return block_in == 1 ? tile_of_height<M, V, 1, true, R>(rows)
+                       : tile_of_height<M, V, 1, false, R>(rows);
 }
 
 template <class S>
@@ -128,9 +140,13 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   P* xs = static_cast<P*>(scratch);
   P* packed = xs + rows * inputs;
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
+  const int64_t depth = block_in % M::kDepth == 0 ? M::kDepth : 1;
+  const int64_t packed_inputs = ceil_div(p.in_features, depth * M::kInputs) * depth;
   for (int64_t i = 0, at = 0; i < panels.count; ++i) {
     const int64_t height = panels.height + (i < panels.taller);
-    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, xs + at * inputs, height);
+    P* panel = xs + at * inputs;
+    pack_panel(x + at * p.ldx, p.ldx, height, p.in_features, depth * M::kInputs, panel, height);
+    memset(panel + packed_inputs * height, 0, (inputs - packed_inputs) * height * sizeof(P));
     at += height;
   }
   const bool thin = rows <= kThin && w.block_out % (4 * W) == 0;
@@ -145,7 +161,7 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g], end = w.ptr[g + 1];
     Entries<P> e{w.index + begin, nullptr, end - begin, packed, block_in * strip,
-                 strip, block_in, inputs, false};
+                 strip, block_in, inputs};
     const int64_t next_strip = packs ? e.count * e.w_block : strip;
     if (packs) {
       pack_blocks<S>(w, begin, end, strip, packed);
@@ -154,6 +170,14 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
       e.w = static_cast<const P*>(w.values) + (w.position ? 0 : begin * w.block_stride);
       e.w_block = w.block_stride;
       e.w_in = w.in_stride;
+    }
+    Ahead ahead;
+    const int64_t steps = e.count * block_in / kStep;  // of a tile
+    if (g + 1 < t.group_end && !w.position && steps) {  // the next group's weights, into L2
+      const int64_t bytes = (w.ptr[g + 2] - end) * w.block_stride * int64_t(sizeof(S));
+      const int64_t tiles = panels.count * ceil_div(w.block_out, strip);
+      ahead.at = reinterpret_cast<const char*>(static_cast<const S*>(w.values) + end * w.block_stride);
+      ahead.lines = min_of<int64_t>(ceil_div(bytes, 64 * steps * tiles), kMostAhead);
     }
     for (int64_t o = 0; o < w.block_out; o += strip, e.w += next_strip) {
       const int64_t out = g * w.block_out + o, cols = min_of(strip, p.out_features - out);
@@ -170,16 +194,16 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
         const TileLanesOut<M> run = taller ? run_taller : run_rest;
         const P* panel = xs + at * inputs;
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
-        e.first_use = i == 0 && !packs;
         at += height;
         // The next tile's output lines: the panel below, or the first one of the next strip.
-        const S* ahead =
+        const S* next_y =
             i + 1 < panels.count ? y + height * p.ldy : y + strip - (at - height) * p.ldy;
         for (int64_t r = 0; r < height; ++r)
           for (int64_t c = 0; c < strip; c += 64 / sizeof(S))
-            __builtin_prefetch(ahead + r * p.ldy + c, 1);
+            __builtin_prefetch(next_y + r * p.ldy + c, 1);
         if (direct) {
-          run(e, panel, init, reinterpret_cast<A*>(y), p.ldy);
+          run(e, panel, init, reinterpret_cast<A*>(y), p.ldy, ahead);
+          ahead.at += 64 * steps * ahead.lines;
           continue;
         }
         const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.ldr + out
@@ -188,7 +212,8 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
           for (int64_t r = 0; r < height; ++r)
             for (int64_t c = 0; c < strip; c += 64 / sizeof(S))
               __builtin_prefetch(residual + r * p.ldr + c);
-        run(e, panel, init, tile, strip);
+        run(e, panel, init, tile, strip, ahead);
+        ahead.at += 64 * steps * ahead.lines;
         finish(p.activation, tile, strip, int(height), cols, residual, p.ldr, y, p.ldy);
       }
     }

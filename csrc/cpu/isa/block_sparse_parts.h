@@ -29,15 +29,17 @@ void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t blo
       for (int64_t r = 0; r < rows; ++r) panel[c * panel_rows + r] = widen(x[r * ldx + c]);
     return;
   }
-  for (int64_t r = 0; r < rows; ++r, x += ldx) {
-    A* to = panel + r * block_in;
-    for (int64_t c = 0; c < cols; c += block_in, to += panel_rows * block_in) {
-      int64_t n = min_of(block_in, cols - c), k = 0;
-      for (; k + W <= n; k += W) store(to + k, load_wide(x + c + k));
-      for (; k < n; ++k) to[k] = widen(x[c + k]);
+  // All rows of a block after another: their streams together keep more of memory in flight.
+  for (int64_t c = 0; c < cols; c += block_in, panel += panel_rows * block_in)
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* from = x + r * ldx + c;
+      A* to = panel + r * block_in;
+      const int64_t n = min_of(block_in, cols - c);
+      int64_t k = 0;
+      for (; k + W <= n; k += W) store(to + k, load_wide(from + k));
+      for (; k < n; ++k) to[k] = widen(from[k]);
       for (; k < block_in; ++k) to[k] = 0;
     }
-  }
 }
 
 // Entries [begin, end) as [strip of outputs][entry][block_in][strip], widened.

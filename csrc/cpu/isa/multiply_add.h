@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How register tiles multiply: packed elements of type P hold kInputs inputs each.
+// How register tiles multiply: packed elements of type P hold kInputs inputs each, and panels hold
+// kDepth elements of a row after another.
 #pragma once
 
 #include "tiles.h"
@@ -14,6 +15,7 @@ struct MultiplyAdd {
   static constexpr int kInputs = 1;
   static constexpr bool kTiles = false;
   static constexpr int kPanelRows = kWideRows;
+  static constexpr int kDepth = 16;
 
   static LK_INLINE Vec<A> add(Vec<A> sum, Vec<P> w, P x) { return sum + w * x; }
   // A vector of packed elements, and one of which `left` inputs are there.
@@ -40,6 +42,7 @@ struct BFloat16Pairs {
   static constexpr int kInputs = 2;
   static constexpr bool kTiles = false;
   static constexpr int kPanelRows = kWideRows;
+  static constexpr int kDepth = 8;
 
   // AMD's cores multiply a vector of pairs in the time of one of float32, Intel's without AMX in
   // twice that time.
