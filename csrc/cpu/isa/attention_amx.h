@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// ragged_attention's products of bfloat16 by AMX: panels of 16 query rows, two at a time, with tiles
-// of 32 keys or 32 columns of values. Rows past a panel's last are computed from whatever lies there
-// and dropped: the next panel overwrites them, and a chunk's arrays have room for 16 more.
+// ragged_attention's products of bfloat16 by AMX: panels of 16 query rows, two at a time, with
+// tiles of 32 keys or 32 columns of values. Rows past a panel's last are computed from whatever
+// lies there and dropped: the next panel overwrites them, and a chunk's arrays have room for more.
 #pragma once
 
 #include "attention_chunk.h"
