@@ -176,7 +176,7 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
     if (g + 1 < t.group_end && !w.position && steps) {  // the next group's weights, into L2
       const int64_t bytes = (w.ptr[g + 2] - end) * w.block_stride * int64_t(sizeof(S));
       const int64_t tiles = panels.count * ceil_div(w.block_out, strip);
-      ahead.at = reinterpret_cast<const char*>(static_cast<const S*>(w.values) + end * w.block_stride);
+      ahead.at = static_cast<const char*>(w.values) + end * w.block_stride * int64_t(sizeof(S));
       ahead.lines = min_of<int64_t>(ceil_div(bytes, 64 * steps * tiles), kMostAhead);
     }
     for (int64_t o = 0; o < w.block_out; o += strip, e.w += next_strip) {
