@@ -101,8 +101,8 @@ LK_INLINE void exponentiate_last(const A* s, int64_t j, int64_t count, Vec<A> mu
 
 // Hands keep(row, column, vector) 2^(t - largest of the row), t = multiplier s > 0, of rows s
 // [rows, columns] of a chunk over the columns computed for each, 0 for keys the row does not see:
-// those past `keys`, and where the chunk is limited those outside of its span. Gives the factor that
-// normalises each row (0 where nothing is seen) and the natural logarithm of the sum of 2^t.
+// those past `keys`, and where the chunk is limited those outside of its span. Gives the factor
+// that normalises each row (0 where nothing is seen) and the natural logarithm of the sum of 2^t.
 // `factors` and `lse` have room for whole vectors.
 template <class A, class Keep>
 void softmax(const Chunk& c, A multiplier, A* s, int64_t stride, int64_t keys, A* factors, A* lse,
@@ -253,8 +253,8 @@ class Prefetcher {
   }
 };
 
-// products [rows, columns] = multiplier * rows · keys, for the columns each panel computes. Rows and
-// keys have `depth` packed elements.
+// products [rows, columns] = multiplier * rows · keys, for the columns each panel computes. Rows
+// and keys have `depth` packed elements.
 template <class M, class A = typename M::A, class P = typename M::P>
 void multiply_keys(const Chunk& c, const P* rows, int64_t ld, const P* keys, int64_t key_count,
                    int64_t depth, A multiplier, A* products, int64_t stride,
