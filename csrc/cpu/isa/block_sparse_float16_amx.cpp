@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // block_sparse_linear of float16 by AMX, which multiplies bfloat16 and sums in float32.
 //
-// A float16 is the sum of two bfloat16 parts, exactly; the product of the small ones, below 2^-18 of
-// the whole, is left out. (Sums in float16 itself may run over four products before their errors
+// A float16 is the sum of two bfloat16 parts, exactly; the product of the small parts, below 2^-18
+// of the whole, is left out. (Sums in float16 itself may run over four products before their errors
 // pass twice those of rounding the result; flushed that often they are slower than float32's.) What
 // is not finite has no such parts: rows of x and groups of weights with infinity or NaN go to the
 // vectors.
@@ -97,7 +97,8 @@ void pack_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& c
     char* to = panel + r * cut.half * 4;
     for (int64_t c = 0; c < cols;)
       for (int64_t s = 0; s < cut.steps; ++s, c += 2 * cut.half, to += kParts * cut.tile) {
-        const int64_t low = min_of(cut.half, cols - c), high = min_of(cut.half, cols - c - cut.half);
+        const int64_t low = min_of(cut.half, cols - c);
+        const int64_t high = min_of(cut.half, cols - c - cut.half);
         check += split<kParts>(load_first(x + c, low), load_first(x + c + cut.half, high), to,
                                cut.tile, lanes);
       }
@@ -105,8 +106,8 @@ void pack_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& c
   }
 }
 
-// A group's weights as [strip of 16 outputs][entry][step][part] tiles of [pair][16 outputs]. Returns
-// whether all are finite.
+// A group's weights as [strip of 16 outputs][entry][step][part] tiles of [pair][16 outputs].
+// Returns whether all are finite.
 template <class S>
 bool pack_weights(const BlockMatrix& w, int64_t begin, int64_t end, const Cut& cut, char* packed) {
   constexpr int kParts = Parts<S>::kCount;
