@@ -27,12 +27,12 @@ def convert(
     from lean_kernels._files import check_replaceable
     from lean_kernels.integrations.model_card import MARKER
 
-    check_replaceable(out, MARKER, force)
     if not recipe.exists():
         raise FileNotFoundError(f"recipe {recipe} does not exist")
     path = model_path(model)
     if out.exists() and Path(path).resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--out {out} holds the model itself, which would be lost; choose another")
+    check_replaceable(out, MARKER, force)
     require_transformers()
 
     import lean_kernels as lk

@@ -80,6 +80,14 @@ class Problem:
             x = torch.where((self.ids == self.padding_idx)[..., None], x.detach(), x)
         return x
 
+    def blown_up(self) -> float:
+        """How much smaller than usual the smallest row is that is normalised."""
+        rows = replace(self.to(torch.float64), norm=None).dense().detach().flatten(0, -2)
+        if self.norm == "layer":
+            rows = rows - rows.mean(1, keepdim=True)
+        sizes = rows.norm(dim=1)
+        return (sizes.median() / sizes.min()).item()
+
     def grads(self, run, upstream) -> tuple[Tensor, ...]:
         p = self.with_learned([t.detach().clone().requires_grad_() for t in self.learned])
         y = run(p)
@@ -141,11 +149,14 @@ def test_gradients_against_the_definition(shape, dtype, impl):
         grad = upstream(p).to(dtype)
         ours = p.grads(lambda q: q.run(impl), grad)
         right = p.to(torch.float64).grads(Problem.dense, grad)
-        # A row of small norm blows up its own rounding, in the reference as in any other way.
+        # A row of small norm blows up the rounding of its terms, in the reference as in any other way.
         plain = p.grads((lambda q: q.run("reference")) if norm else Problem.dense, grad)
+        rounding = torch.finfo(torch.float32).eps * p.blown_up() if norm else 0
         for a, b, c in zip(ours[1:], right[1:], plain[1:], strict=True):
             assert a.dtype == dtype and a.shape == b.shape
             limit = {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, torch.finfo(dtype).eps)
+            if dtype == torch.float32:
+                limit = max(limit, rounding)
             assert error(a, b) <= max(2 * error(c, b), limit)
 
 
