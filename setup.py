@@ -26,10 +26,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     ISAS["avx512"] += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
-EXTRA = {"block_sparse_int8": ["-mavx512vnni"]}  # for AVX-512; picked apart
 # Without exceptions no table of handlers, shared by all sets, goes with the tile registers.
-for amx in ("block_sparse_amx", "block_sparse_float16_amx", "ragged_attention"):
-    EXTRA[amx] = ["-fno-exceptions"]
+TILES = ("block_sparse_amx", "block_sparse_float16_amx", "ragged_attention")
+EXTRA = {(source, "avx512"): ["-fno-exceptions"] for source in TILES}
+EXTRA["block_sparse_int8", "avx512"] = ["-mavx512vnni"]  # picked apart
 CUDA = [f"csrc/cuda/{op}.cu" for op in ("tensor_product_embedding", "token_compaction")]
 CUDA += ["csrc/register_cuda.cpp"]
 CUDA_HOME = os.environ.get("CUDA_HOME")
@@ -100,9 +100,7 @@ class BuildKernels(build_ext):
         def compile_each(sources, output_dir=None, macros=None, extra_postargs=None, **kwargs):
             def one(source, isa=None):
                 defined = [*macros, ("LEAN_KERNELS_ISA", isa)] if isa else macros
-                isa_flags = ISAS.get(isa, []) + (
-                    EXTRA.get(Path(source).stem, []) if isa == "avx512" else []
-                )
+                isa_flags = ISAS.get(isa, []) + EXTRA.get((Path(source).stem, isa), [])
                 flags = [*(extra_postargs or []), *isa_flags, *sanitize]
                 place = f"{output_dir}/{isa}" if isa else output_dir
                 return compile_one([source], place, defined, extra_postargs=flags, **kwargs)

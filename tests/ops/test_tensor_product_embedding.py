@@ -149,7 +149,7 @@ def test_gradients_against_the_definition(shape, dtype, impl):
         grad = upstream(p).to(dtype)
         ours = p.grads(lambda q: q.run(impl), grad)
         right = p.to(torch.float64).grads(Problem.dense, grad)
-        # A row of small norm blows up the rounding of its terms, in the reference as in any other way.
+        # A row of small norm blows up its terms' rounding, in the reference as in any other way.
         plain = p.grads((lambda q: q.run("reference")) if norm else Problem.dense, grad)
         rounding = torch.finfo(torch.float32).eps * p.blown_up() if norm else 0
         for a, b, c in zip(ours[1:], right[1:], plain[1:], strict=True):
