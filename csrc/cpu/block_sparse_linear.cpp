@@ -14,7 +14,6 @@ namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
 constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
-constexpr double kSerialFlop = 5e5;    // of it, below which a second thread costs more than it brings
 // Larger weights are not real, and could overflow the sizes computed from them.
 constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
 constexpr int64_t kMostBlockColumns = 0x7fffffff;  // what int32 indices can name

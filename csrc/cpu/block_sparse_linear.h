@@ -60,13 +60,15 @@ struct BlockOuter {
   int64_t panel_begin, panel_rows;
 };
 
+constexpr double kSerialFlop = 5e5;  // below this a second thread costs more than it brings
+
 // How the rows of a product are best cut into tasks.
 struct RowSplit {
   int64_t unit;   // a task should hold a multiple of these
   int64_t most;   // whose panels stay in L2
   int64_t least;  // fewer would read the weights too often
   int64_t per_weight = 2;  // reading a weight takes the time of so many multiply-adds with it
-  double serial = 5e5;     // FLOP below which a second thread costs more than it brings
+  double serial = kSerialFlop;  // the same for these kernels
 };
 
 // One instruction set's kernels for one storage type.

@@ -51,18 +51,18 @@ CpuKernels amx_kernels() {
   std::copy_n(kernels.block_sparse, int(kDtypes), block_sparse);
   static AttentionKernels attention[kDtypes];
   std::copy_n(kernels.attention, int(kDtypes), attention);
-  attention[kBFloat16] = avx512::amx_attention;
+  attention[kBFloat16] = avx512::amx_attention_bfloat16;
   const auto replace = [&](Dtype dtype, const BlockSparseKernels& by) {
     block_sparse[dtype].product_rows = by.product_rows;
     block_sparse[dtype].product_scratch = by.product_scratch;
     block_sparse[dtype].product = by.product;
   };
-  replace(kBFloat16, avx512::amx.block_sparse_bfloat16);
-  replace(kFloat16, avx512::block_sparse_float16_amx);
+  replace(kBFloat16, avx512::amx_block_sparse_bfloat16);
+  replace(kFloat16, avx512::amx_block_sparse_float16);
   kernels.name = "amx";
   kernels.attention = attention;
   kernels.block_sparse = block_sparse;
-  kernels.block_sparse_int8 = avx512::amx.block_sparse_int8;
+  kernels.block_sparse_int8 = avx512::amx_block_sparse_int8;
   return kernels;
 }
 

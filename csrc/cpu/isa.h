@@ -34,15 +34,12 @@ LEAN_KERNELS_DECLARE(avx2)
 LEAN_KERNELS_DECLARE(avx512)
 #undef LEAN_KERNELS_DECLARE
 
-// What processors with AMX do otherwise than others with AVX-512.
-struct AmxKernels {
-  BlockSparseKernels block_sparse_bfloat16;  // gradients of weights aside
-  BlockSparseKernels block_sparse_int8[kDtypes];
-};
+// What processors with AMX do otherwise than others with AVX-512; gradients of weights aside.
 namespace avx512 {
-extern const AmxKernels amx;
-extern const AttentionKernels amx_attention;               // of bfloat16
-extern const BlockSparseKernels block_sparse_float16_amx;  // gradients of weights aside
+extern const AttentionKernels amx_attention_bfloat16;
+extern const BlockSparseKernels amx_block_sparse_bfloat16;
+extern const BlockSparseKernels amx_block_sparse_float16;
+extern const BlockSparseKernels amx_block_sparse_int8[kDtypes];
 }
 
 struct CpuKernels {

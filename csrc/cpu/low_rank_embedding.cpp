@@ -17,7 +17,6 @@ namespace {
 constexpr const char* kOp = "low_rank_embedding";
 constexpr int64_t kScratchBytes = 3 << 16;   // of rows one task makes: they stay in L2
 constexpr int64_t kMostRows = 96;
-constexpr double kSerialFlop = 5e5;          // below this a second thread costs more than it brings
 constexpr int64_t kPackTask = 1 << 16;       // elements of the decoder
 constexpr int64_t kGroupedFlop = 2048;       // of a row: less costs no more than finding its copies
 constexpr int64_t kParts = 16;               // sums of the decoder's gradient made side by side

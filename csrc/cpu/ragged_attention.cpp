@@ -18,7 +18,6 @@ constexpr const char* kOp = "ragged_attention";
 // Query rows per task, a multiple of every chunk; a sequence has at most kMostSegments tasks per
 // key head. Neither may depend on the number of threads: partial scores add up per task.
 constexpr int64_t kSegmentRows = 288, kMostSegments = 8;
-constexpr double kSerialFlop = 5e5;  // below this a second thread costs more than it brings
 constexpr double kLeastUnitFlop = 5e5;  // of work handed out at a time
 constexpr int64_t kFarthest = int64_t(1) << 33;  // beyond any distance of int32 positions
 

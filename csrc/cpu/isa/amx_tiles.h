@@ -63,5 +63,29 @@ LK_INLINE void tile_multiply() {
   }
 }
 
+// Registers 0 to 3 as the sums of A panels of rows and B strips of 16 outputs: all rows start as
+// init [16 B].
+template <int A, int B, class Sum>
+LK_INLINE void load_sums(const Sum* init) {
+  tile_load<0>(init, 0);
+  if constexpr (B == 2) tile_load<1>(init + kTileRows, 0);
+  if constexpr (A == 2) tile_load<2>(init, 0);
+  if constexpr (A == 2 && B == 2) tile_load<3>(init + kTileRows, 0);
+}
+// To rows of `ld` elements, panels `panel` elements apart.
+template <int A, int B, class Sum>
+LK_INLINE void store_sums(Sum* out, int64_t panel, int64_t ld) {
+  const int64_t row = ld * int64_t(sizeof(Sum));
+  tile_store<0>(out, row);
+  if constexpr (B == 2) tile_store<1>(out + kTileRows, row);
+  if constexpr (A == 2) tile_store<2>(out + panel, row);
+  if constexpr (A == 2 && B == 2) tile_store<3>(out + panel + kTileRows, row);
+}
+
+// Of a product whose panels of x shall stay in L2, of 2 MiB; a second thread does not pay below the
+// FLOP of the other.
+constexpr int64_t kTilePanelBytes = 1 << 20;
+constexpr double kTileSerialFlop = 8e6;
+
 }  // namespace
 }  // namespace lean_kernels

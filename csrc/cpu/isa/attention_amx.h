@@ -43,10 +43,7 @@ LK_INLINE void tile_product(const int32_t* a, int64_t a_panel, int64_t lda, cons
       if constexpr (B == 2) tile_multiply<float, 3, 5, 7>();
     }
   }
-  tile_store<0>(out, 4 * ldo);
-  if constexpr (B == 2) tile_store<1>(out + kTileRows, 4 * ldo);
-  if constexpr (A == 2) tile_store<2>(out + out_panel, 4 * ldo);
-  if constexpr (A == 2 && B == 2) tile_store<3>(out + out_panel + kTileRows, 4 * ldo);
+  store_sums<A, B>(out, out_panel, ldo);
 }
 
 // Calls f(i, two) for the chunk's panels, two at once where both see the same keys.

@@ -2,8 +2,8 @@
 // block_sparse_linear by AMX: bfloat16, and int8 weights.
 //
 // A pair of tiles holds 32 rows of x, another 32 outputs' weights of one entry: four products of
-// 16 x 16 sums for four loads. Bfloat16 weights are packed into pairs of inputs, group by group, and x
-// is read where it is; int8 weights lie as the tiles want them, and x is packed as it is rounded.
+// 16 x 16 sums for four loads. Bfloat16 weights are packed into pairs of inputs, group by group, and
+// x is read where it is; int8 weights lie as the tiles want them, and x is packed as it is rounded.
 // Rows past the last are computed and dropped: a row's result does not depend on the batch.
 #include "../isa.h"
 
@@ -46,10 +46,7 @@ struct Walk {
 // out [16 A, 16 B] = init + the products of A panels of rows and B strips of outputs.
 template <class Sum, int A, int B>
 void sum_tiles(const Walk& t, const Sum* init, Sum* out) {
-  tile_load<0>(init, 0);
-  if constexpr (A == 2) tile_load<2>(init, 0);
-  if constexpr (B == 2) tile_load<1>(init + kStrip, 0);
-  if constexpr (A == 2 && B == 2) tile_load<3>(init + kStrip, 0);
+  load_sums<A, B>(init);
   for (int64_t e = 0; e < t.count; ++e) {
     const char* x = t.x + t.index[e] * t.x_block;
     const char* w = t.w + e * t.w_entry;
@@ -68,11 +65,7 @@ void sum_tiles(const Walk& t, const Sum* init, Sum* out) {
       }
     }
   }
-  constexpr int64_t row = B * kTileBytes;
-  tile_store<0>(out, row);
-  if constexpr (B == 2) tile_store<1>(out + kStrip, row);
-  if constexpr (A == 2) tile_store<2>(out + kTileRows * B * kStrip, row);
-  if constexpr (A == 2 && B == 2) tile_store<3>(out + kTileRows * B * kStrip + kStrip, row);
+  store_sums<A, B>(out, kTileRows * B * kStrip, B * kStrip);
 }
 
 template <class Sum, int B>
@@ -251,24 +244,21 @@ size_t bytes_scratch(const Product& p, int64_t rows) {
   return panel_bytes(p, rows, 1) + 4 * (rows + p.in_features);  // scales, a widened row
 }
 
-constexpr int64_t kPanelBytes = 1 << 20;  // of 2 MiB of L2
-constexpr double kSerial = 8e6;
-
 RowSplit pairs_rows(const Product& p) {
   if (!fits_tiles(p.w, sizeof(BFloat16)))
     return LEAN_KERNELS_ISA::block_sparse[kBFloat16].product_rows(p);
   constexpr int64_t unit = 2 * kTileRows;
   // A task packs its rows and its groups' weights: cut what costs less to pack twice.
   const int64_t kept = p.w.ptr[p.w.groups] * p.w.block_in * p.w.block_out;
-  return {kTileRows, std::max(2 * unit, kPanelBytes / (padded_inputs(p) * 2) / unit * unit),
-          std::max(unit, kept / p.in_features), unit, kSerial};
+  return {kTileRows, std::max(2 * unit, kTilePanelBytes / (padded_inputs(p) * 2) / unit * unit),
+          std::max(unit, kept / p.in_features), unit, kTileSerialFlop};
 }
 template <Dtype kDtype>
 RowSplit bytes_rows(const Product& p) {
   if (!fits_tiles(p.w, 1)) return LEAN_KERNELS_ISA::block_sparse_int8[kDtype].product_rows(p);
   constexpr int64_t unit = 2 * kTileRows;
-  return {kTileRows, std::max(2 * unit, kPanelBytes / padded_inputs(p) / unit * unit), unit,
-          kTileRows, kSerial};
+  return {kTileRows, std::max(2 * unit, kTilePanelBytes / padded_inputs(p) / unit * unit), unit,
+          kTileRows, kTileSerialFlop};
 }
 
 template <class S, Dtype kDtype>
@@ -278,10 +268,11 @@ constexpr BlockSparseKernels bytes_kernels() {
 
 }  // namespace
 
-const AmxKernels LEAN_KERNELS_ISA::amx = {
-    {pairs_rows, pairs_scratch, product_pairs, nullptr, nullptr},
-    {bytes_kernels<float, kFloat32>(), bytes_kernels<BFloat16, kBFloat16>(),
-     bytes_kernels<Float16, kFloat16>(), {}}};
+const BlockSparseKernels LEAN_KERNELS_ISA::amx_block_sparse_bfloat16 = {
+    pairs_rows, pairs_scratch, product_pairs, nullptr, nullptr};
+const BlockSparseKernels LEAN_KERNELS_ISA::amx_block_sparse_int8[kDtypes] = {
+    bytes_kernels<float, kFloat32>(), bytes_kernels<BFloat16, kBFloat16>(),
+    bytes_kernels<Float16, kFloat16>(), {}};
 
 }  // namespace lean_kernels
 #endif

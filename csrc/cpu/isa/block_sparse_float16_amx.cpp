@@ -23,42 +23,32 @@ constexpr int64_t kPair = 2 * kTileRows;  // rows, and outputs, of a pair of til
 struct Term {
   int x, w;  // parts multiplied, 0 the largest
 };
-template <class S>
-struct Parts;
 // In an order that keeps a part in its register for the next term.
-template <>
-struct Parts<Float16> {
-  static constexpr int kCount = 2, kLeastDepth = 16;
-  static constexpr Term kTerms[] = {{1, 0}, {0, 0}, {0, 1}};
-  static constexpr Dtype kDtype = kFloat16;
-};
+constexpr Term kTerms[] = {{1, 0}, {0, 0}, {0, 1}};
+constexpr int kParts = 2, kTermCount = std::size(kTerms), kLeastDepth = 16;
+
 // How the blocks of a product are cut into tiles, whose inputs k and k + half lie side by side.
 struct Cut {
   int64_t half, steps, tile, entry;  // steps of an input block; bytes of a tile and of a block
 
-  Cut(const BlockMatrix& w, int parts) : half(std::min<int64_t>(kTileRows, w.block_in / 2)) {
+  explicit Cut(const BlockMatrix& w) : half(std::min<int64_t>(kTileRows, w.block_in / 2)) {
     while (half > 0 && w.block_in % (2 * half)) --half;
     steps = half ? w.block_in / (2 * half) : 0;
     tile = kTileRows * half * 4;
-    entry = steps * parts * tile;
+    entry = steps * kParts * tile;
   }
 };
 
-template <class S>
 bool fits_tiles(const BlockMatrix& w) {
-  return w.block_out % kTileRows == 0 && 2 * Cut(w, 1).half >= Parts<S>::kLeastDepth;
+  return w.block_out % kTileRows == 0 && 2 * Cut(w).half >= kLeastDepth;
 }
 
-template <class S>
 const BlockSparseKernels& by_vectors() {
-  return LEAN_KERNELS_ISA::block_sparse[Parts<S>::kDtype];
+  return LEAN_KERNELS_ISA::block_sparse[kFloat16];
 }
 
 LK_INLINE __mmask16 first_lanes(int64_t n) {
   return n >= kTileRows ? __mmask16(-1) : n <= 0 ? __mmask16(0) : __mmask16((1 << n) - 1);
-}
-LK_INLINE Vec<float> load_first(const float* p, int64_t n) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 LK_INLINE Vec<float> load_first(const Float16* p, int64_t n) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
@@ -66,11 +56,10 @@ LK_INLINE Vec<float> load_first(const Float16* p, int64_t n) {
 
 // Writes the parts of a and b as pairs, `lanes` of them, each part `stride` bytes after the one
 // before. Returns 0, or NaN in lanes that are not finite.
-template <int kParts>
 LK_INLINE Vec<float> split(Vec<float> a, Vec<float> b, char* to, int64_t stride, __mmask16 lanes) {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   constexpr uint32_t kUpper = 0xffff0000;
-#pragma GCC unroll 3
+#pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
     const bool last = part + 1 == kParts;  // whose lower half is empty
     const Bits low = (Bits)a + (last ? 0 : 0x8000), high = (Bits)b + (last ? 0 : 0x8000);
@@ -87,10 +76,8 @@ LK_INLINE bool all_zero(Vec<float> v) {
 
 // Rows of x as [input block][step][part] tiles of [16 rows][pair]; `spoilt` says which rows are not
 // finite.
-template <class S>
-void pack_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& cut, char* panel,
+void pack_rows(const Float16* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& cut, char* panel,
                bool* spoilt) {
-  constexpr int kParts = Parts<S>::kCount;
   const __mmask16 lanes = first_lanes(cut.half);
   for (int64_t r = 0; r < rows; ++r, x += ldx) {
     Vec<float> check = {};
@@ -99,7 +86,7 @@ void pack_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& c
       for (int64_t s = 0; s < cut.steps; ++s, c += 2 * cut.half, to += kParts * cut.tile) {
         const int64_t low = min_of(cut.half, cols - c);
         const int64_t high = min_of(cut.half, cols - c - cut.half);
-        check += split<kParts>(load_first(x + c, low), load_first(x + c + cut.half, high), to,
+        check += split(load_first(x + c, low), load_first(x + c + cut.half, high), to,
                                cut.tile, lanes);
       }
     spoilt[r] = !all_zero(check);
@@ -108,21 +95,19 @@ void pack_rows(const S* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& c
 
 // A group's weights as [strip of 16 outputs][entry][step][part] tiles of [pair][16 outputs].
 // Returns whether all are finite.
-template <class S>
 bool pack_weights(const BlockMatrix& w, int64_t begin, int64_t end, const Cut& cut, char* packed) {
-  constexpr int kParts = Parts<S>::kCount;
   const int64_t strip = (end - begin) * cut.entry;
   Vec<float> check = {};
   for (int64_t e = begin; e < end; ++e)
     for (int64_t o = 0; o < w.block_out; o += kTileRows) {
-      const S* from = static_cast<const S*>(w.values) +
+      const Float16* from = static_cast<const Float16*>(w.values) +
                       (w.position ? w.position[e] : e) * w.block_stride + o * w.out_stride;
       char* to = packed + o / kTileRows * strip + (e - begin) * cut.entry;
       for (int64_t s = 0; s < cut.steps; ++s, to += kParts * cut.tile) {
         const auto write = [&](int64_t k, Vec<float> low, Vec<float> high) {
-          check += split<kParts>(low, high, to + k * kTileBytes, cut.tile, __mmask16(-1));
+          check += split(low, high, to + k * kTileBytes, cut.tile, __mmask16(-1));
         };
-        const S* at = from + 2 * s * cut.half * w.in_stride;
+        const Float16* at = from + 2 * s * cut.half * w.in_stride;
         const int64_t high = cut.half * w.in_stride;
         if (w.out_stride == 1) {
           for (int64_t k = 0; k < cut.half; ++k, at += w.in_stride)
@@ -158,14 +143,10 @@ struct Walk {
 };
 
 // out [16 A, 16 B] = init + the products of A panels of rows and B strips of outputs.
-template <class S, int A, int B>
+template <int A, int B>
 void sum_tiles(const Walk& t, const Cut& cut, const float* init, float* out, int64_t ldo) {
-  constexpr int kParts = Parts<S>::kCount, kTerms = std::size(Parts<S>::kTerms);
   const int64_t x_row = cut.half * 4, tile = cut.tile, strip = t.count * cut.entry;
-  tile_load<0>(init, 0);
-  if constexpr (A == 2) tile_load<2>(init, 0);
-  if constexpr (B == 2) tile_load<1>(init + kTileRows, 0);
-  if constexpr (A == 2 && B == 2) tile_load<3>(init + kTileRows, 0);
+  load_sums<A, B>(init);
   const char* w = t.w;
   for (int64_t e = 0; e < t.count; ++e) {
     const char* x = t.x + t.index[e] * cut.entry;
@@ -174,10 +155,10 @@ void sum_tiles(const Walk& t, const Cut& cut, const float* init, float* out, int
       const char* next = s + 1 < cut.steps   ? x + kParts * tile
                          : e + 1 < t.count ? t.x + t.index[e + 1] * cut.entry
                                            : t.x + A * t.x_panel + t.index[0] * cut.entry;
-      constexpr int kLines = kParts * kTileRows / kTerms;
+      constexpr int kLines = kParts * kTileRows / kTermCount;
       Term held{-1, -1};
 #pragma GCC unroll 8
-      for (const Term term : Parts<S>::kTerms) {
+      for (const Term term : kTerms) {
         if (term.x != held.x) {
           tile_load<4>(x + term.x * tile, x_row);
           if constexpr (A == 2) tile_load<5>(x + t.x_panel + term.x * tile, x_row);
@@ -198,34 +179,28 @@ void sum_tiles(const Walk& t, const Cut& cut, const float* init, float* out, int
       }
     }
   }
-  const int64_t row = ldo * sizeof(float);
-  tile_store<0>(out, row);
-  if constexpr (B == 2) tile_store<1>(out + kTileRows, row);
-  if constexpr (A == 2) tile_store<2>(out + kTileRows * ldo, row);
-  if constexpr (A == 2 && B == 2) tile_store<3>(out + kTileRows * ldo + kTileRows, row);
+  store_sums<A, B>(out, kTileRows * ldo, ldo);
 }
 
 // Bytes of x's panels, and of a group's weights.
-template <class S>
 int64_t panel_bytes(const Product& p) {
-  return kTileRows * padded_inputs(p) * 2 * Parts<S>::kCount;
+  return kTileRows * padded_inputs(p) * 2 * kParts;
 }
-template <class S>
 int64_t weight_bytes(const Product& p) {
-  return p.max_entries * p.w.block_in * p.w.block_out * 2 * Parts<S>::kCount;
+  return p.max_entries * p.w.block_in * p.w.block_out * 2 * kParts;
 }
 
-template <class S, int B>
+template <int B>
 void product_strips(const Product& p, const Range& t, char* scratch) {
   constexpr int kCols = B * kTileRows;
   const BlockMatrix& w = p.w;
-  const Cut cut(w, Parts<S>::kCount);
-  const int64_t rows = t.row_end - t.row_begin, panel = panel_bytes<S>(p);
+  const Cut cut(w);
+  const int64_t rows = t.row_end - t.row_begin, panel = panel_bytes(p);
   // Scratch: panels of x, a group's weights, spoilt rows, and what the vectors take.
   char* packed = scratch + ceil_div(rows, kTileRows) * panel;
-  bool* spoilt = reinterpret_cast<bool*>(packed + weight_bytes<S>(p));
+  bool* spoilt = reinterpret_cast<bool*>(packed + weight_bytes(p));
   char* rest = reinterpret_cast<char*>(spoilt) + ceil_div(rows, 64) * 64;
-  const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
+  const Float16* x = static_cast<const Float16*>(p.x) + t.row_begin * p.ldx;
   for (int64_t at = 0; at < rows; at += kTileRows)
     pack_rows(x + at * p.ldx, p.ldx, min_of<int64_t>(kTileRows, rows - at), p.in_features, cut,
               scratch + at / kTileRows * panel, spoilt + at);
@@ -233,26 +208,26 @@ void product_strips(const Product& p, const Range& t, char* scratch) {
   alignas(64) float sums[kPair * kCols], bias[kCols];
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g], count = w.ptr[g + 1] - begin;
-    if (!pack_weights<S>(w, begin, begin + count, cut, packed)) {
-      by_vectors<S>().product(p, {t.row_begin, t.row_end, g, g + 1}, rest);
+    if (!pack_weights(w, begin, begin + count, cut, packed)) {
+      by_vectors().product(p, {t.row_begin, t.row_end, g, g + 1}, rest);
       continue;
     }
     for (int64_t o = 0; o < w.block_out; o += kCols) {
       const int64_t out = g * w.block_out + o, cols = min_of<int64_t>(kCols, p.out_features - out);
       if (cols <= 0) break;
       for (int64_t c = 0; c < kCols; ++c)
-        bias[c] = p.bias && c < cols ? widen(static_cast<const S*>(p.bias)[out + c]) : 0;
+        bias[c] = p.bias && c < cols ? widen(static_cast<const Float16*>(p.bias)[out + c]) : 0;
       const bool plain = cols == kCols && !p.activation && !p.residual;
       for (int64_t at = 0; at < rows; at += kPair) {
         const int64_t height = min_of(kPair, rows - at), row = t.row_begin + at;
         const Walk walk{w.index + begin, count, scratch + at / kTileRows * panel, panel,
                         packed + o / kTileRows * count * cut.entry};
-        S* y = static_cast<S*>(p.y) + row * p.ldy + out;
-        const S* ahead = at + kPair < rows ? y + kPair * p.ldy : y - at * p.ldy + kCols;
+        Float16* y = static_cast<Float16*>(p.y) + row * p.ldy + out;
+        const Float16* ahead = at + kPair < rows ? y + kPair * p.ldy : y - at * p.ldy + kCols;
         for (int64_t r = 0; r < height; ++r)
-          for (int64_t c = 0; c < kCols; c += 64 / sizeof(S))
+          for (int64_t c = 0; c < kCols; c += 64 / sizeof(Float16))
             __builtin_prefetch(ahead + r * p.ldy + c, 1);
-        const auto run = height > kTileRows ? sum_tiles<S, 2, B> : sum_tiles<S, 1, B>;
+        const auto run = height > kTileRows ? sum_tiles<2, B> : sum_tiles<1, B>;
         run(walk, cut, bias, sums, kCols);
         if (plain) {
           for (int64_t r = 0; r < height; ++r)
@@ -260,52 +235,44 @@ void product_strips(const Product& p, const Range& t, char* scratch) {
               store_narrow(y + r * p.ldy + c, load(sums + r * kCols + c));
           continue;
         }
-        const S* residual =
-            p.residual ? static_cast<const S*>(p.residual) + row * p.ldr + out : nullptr;
+        const Float16* residual =
+            p.residual ? static_cast<const Float16*>(p.residual) + row * p.ldr + out : nullptr;
         finish(p.activation, sums, kCols, int(height), cols, residual, p.ldr, y, p.ldy);
       }
     }
   }
   for (int64_t r = 0; r < rows; ++r)
     if (spoilt[r])
-      by_vectors<S>().product(
+      by_vectors().product(
           p, {t.row_begin + r, t.row_begin + r + 1, t.group_begin, t.group_end}, rest);
 }
 
-template <class S>
 void product(const Product& p, const Range& t, void* scratch) {
-  if (!fits_tiles<S>(p.w)) return by_vectors<S>().product(p, t, scratch);
-  if (p.w.block_out % kPair == 0) return product_strips<S, 2>(p, t, static_cast<char*>(scratch));
-  product_strips<S, 1>(p, t, static_cast<char*>(scratch));
+  if (!fits_tiles(p.w)) return by_vectors().product(p, t, scratch);
+  if (p.w.block_out % kPair == 0) return product_strips<2>(p, t, static_cast<char*>(scratch));
+  product_strips<1>(p, t, static_cast<char*>(scratch));
 }
 
-template <class S>
 size_t product_scratch(const Product& p, int64_t rows) {
-  const size_t vectors = by_vectors<S>().product_scratch(p, rows);
-  if (!fits_tiles<S>(p.w)) return vectors;
-  return ceil_div(rows, kTileRows) * panel_bytes<S>(p) + weight_bytes<S>(p) +
+  const size_t vectors = by_vectors().product_scratch(p, rows);
+  if (!fits_tiles(p.w)) return vectors;
+  return ceil_div(rows, kTileRows) * panel_bytes(p) + weight_bytes(p) +
          ceil_div(rows, 64) * 64 + vectors;
 }
 
-template <class S>
 RowSplit product_rows(const Product& p) {
-  if (!fits_tiles<S>(p.w)) return by_vectors<S>().product_rows(p);
-  constexpr int64_t kPanelBytes = 1 << 20;  // of 2 MiB of L2
-  constexpr double kSerial = 8e6 / std::size(Parts<S>::kTerms);
+  if (!fits_tiles(p.w)) return by_vectors().product_rows(p);
   // A task packs its rows and its groups' weights: cut what costs less to pack twice.
   const int64_t kept = p.w.ptr[p.w.groups] * p.w.block_in * p.w.block_out;
-  return {kTileRows, std::max(2 * kPair, kPanelBytes / panel_bytes<S>(p) / 2 * kPair),
-          std::max(kPair, kept / p.in_features), kPair, kSerial};
-}
-
-template <class S>
-constexpr BlockSparseKernels split_kernels() {
-  return {product_rows<S>, product_scratch<S>, product<S>, nullptr, nullptr};
+  return {kTileRows, std::max(2 * kPair, kTilePanelBytes / panel_bytes(p) / 2 * kPair),
+          std::max(kPair, kept / p.in_features), kPair,
+          kTileSerialFlop / kTermCount};
 }
 
 }  // namespace
 
-const BlockSparseKernels LEAN_KERNELS_ISA::block_sparse_float16_amx = split_kernels<Float16>();
+const BlockSparseKernels LEAN_KERNELS_ISA::amx_block_sparse_float16 = {
+    product_rows, product_scratch, product, nullptr, nullptr};
 
 }  // namespace lean_kernels
 #endif

@@ -352,7 +352,7 @@ const AttentionKernels LEAN_KERNELS_ISA::attention[kDtypes] = {
     attention_kernels<double>()};
 
 #if defined(__AVX512F__)
-const AttentionKernels LEAN_KERNELS_ISA::amx_attention = {tiles_scratch, forward_by_tiles,
+const AttentionKernels LEAN_KERNELS_ISA::amx_attention_bfloat16 = {tiles_scratch, forward_by_tiles,
                                                           grad_scratch<BFloat16>, grad<BFloat16>};
 #endif
 
