@@ -202,6 +202,7 @@ def prepare(config: Config, options: Options) -> Workload:
             for name, function in calls.items()
         },
         flops=2.0 * config.batch * config.tokens * kept,
+        dtype=config.weight_dtype,
         facts={
             "density": density,
             "linears replaced": len(layers) / len(linears),

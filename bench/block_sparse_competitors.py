@@ -317,6 +317,7 @@ def prepare(config: Config, options: Options) -> Workload:
     return Workload(
         competitors,
         flops=problem.flops * (3 if backward else 1),
+        dtype="int8" if config.mode == "int8" else config.dtype,
         ideal=1 / problem.density,
         facts={"density": problem.density},
         grad=backward,

@@ -217,7 +217,12 @@ def prepare(config: Config, options: Options) -> Workload:
     problem = _Problem(config, options)
     with torch.set_grad_enabled(backward):
         competitors = MODES[config.mode](problem)
-    return Workload(competitors, flops=problem.flops * (3.5 if backward else 1), grad=backward)
+    return Workload(
+        competitors,
+        flops=problem.flops * (3.5 if backward else 1),
+        dtype=config.dtype,
+        grad=backward,
+    )
 
 
 SETTINGS = {"8x16-128": 2.2, "32x8-64": 3.0, "8x64-512": 1.5}  # promised over a loop of SDPA

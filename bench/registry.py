@@ -56,6 +56,7 @@ class Workload:
 
     competitors: Mapping[str, Competitor]
     flops: float | None = None  # of the kept work, per call
+    dtype: str = "float32"  # of the numbers multiplied; the roof is float32's
     ideal: float | None = None  # the speed-up over "dense" if time went with the kept work
     facts: Mapping[str, float] = field(default_factory=dict)  # anything else worth reporting
     grad: bool = False  # False: called under torch.no_grad()

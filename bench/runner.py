@@ -159,7 +159,8 @@ def run_config(
 ) -> dict:
     """Check and time one configuration; the record that goes into the JSON report.
 
-    `roof` is the machine's multiply-add peak in GFLOP/s at the threads of the run.
+    `roof` is the machine's float32 multiply-add peak in GFLOP/s at the threads of the run. Other
+    dtypes are not held against it: their products may have instructions, and a peak, of their own.
     """
     record: dict = {"config": asdict(config)}
     workload: Workload = case.prepare(config, options)
@@ -199,6 +200,6 @@ def run_config(
     }
     if workload.flops is not None:
         record["gflops"] = workload.flops / timings[ours].median / 1e9
-        if roof is not None:
+        if roof is not None and workload.dtype == "float32":
             record["peak_fraction"] = record["gflops"] / roof
     return record

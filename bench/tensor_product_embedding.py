@@ -184,7 +184,11 @@ def prepare(config: Config, options: Options) -> Workload:
     products = 2.0 * unique * config.features * config.rank  # of a row
     facts = {"unique": unique / config.count, "compression": problem.layer.compression}
     return Workload(
-        competitors, flops=products * (4 if backward else 1), facts=facts, grad=backward
+        competitors,
+        flops=products * (4 if backward else 1),
+        dtype=config.dtype,
+        facts=facts,
+        grad=backward,
     )
 
 

@@ -31,7 +31,7 @@ def read_texts(path: Path | None = None) -> list[str]:
     texts = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
     texts = [text for text in texts if text]
     if len(texts) < 3:
-        raise ValueError(f"{source}: need at least 3 lines of text to rank pairs, got {len(texts)}")
+        raise ValueError(f"{source}: need at least 3 lines of text, got {len(texts)}")
     return texts
 
 

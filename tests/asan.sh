@@ -19,7 +19,7 @@ for library in libasan.so libubsan.so libstdc++.so; do
 done
 export LD_PRELOAD PYTHONPATH=$copy
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-for isa in generic avx2 avx512; do
+for isa in generic avx2 avx512 amx; do
   export LEAN_KERNELS_CPU_ISA=$isa
   python -c 'from lean_kernels import _extension; raise SystemExit(not _extension.cpu_isa())' ||
     continue  # not on this processor
@@ -31,9 +31,12 @@ for isa in generic avx2 avx512; do
     tests/ops/test_block_sparse_linear_errors.py \
     tests/ops/test_block_sparse_linear_gradients.py \
     tests/ops/test_block_sparse_linear_int8.py \
-    tests/ops/test_block_sparse_linear_properties.py
+    tests/ops/test_block_sparse_linear_properties.py \
+    tests/ops/test_block_sparse_linear_amx.py tests/ops/test_ragged_attention_amx.py
   python -m pytest -q -x -p no:cacheprovider --capture=sys \
     -k "cpu and not opcheck and not compile and not gradcheck" \
-    tests/ops/test_low_rank_embedding.py tests/ops/test_ngram_embedding_bag.py \
-    tests/ops/test_tensor_product_embedding.py tests/ops/test_tensor_train_embedding.py
+    tests/ops/test_add_layer_norm.py tests/ops/test_low_rank_embedding.py \
+    tests/ops/test_ngram_embedding_bag.py tests/ops/test_ragged_attention.py \
+    tests/ops/test_tensor_product_embedding.py tests/ops/test_tensor_train_embedding.py \
+    tests/ops/test_token_selection.py
 done

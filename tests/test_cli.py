@@ -206,6 +206,15 @@ def test_convert_errors(model, recipe, tmp_path):
     assert not out.exists()
 
 
+def test_a_model_that_cannot_be_loaded_is_named(model, recipe, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert f"model {broken}: " in fails(*convert(broken, recipe, tmp_path / "lean"))
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:999])
+    assert f"model {broken}: " in fails(*convert(broken, recipe, tmp_path / "lean"))
+
+
 def test_debug_shows_the_traceback(model, tmp_path):
     command = [sys.executable, "-m", "lean_kernels"]
     command += map(str, convert(model, tmp_path / "nothing.toml", tmp_path / "lean", "--debug"))

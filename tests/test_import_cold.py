@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 
 _SCRIPT = """
 import json, sys, time
@@ -50,3 +55,13 @@ def test_without_transformers_load_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert 'pip install "lean_kernels[hf]"' in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_every_name_in_the_readme_is_there():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    names = sorted(set(re.findall(r"\blk\.[a-zA-Z_.]*\w", readme)))
+    assert len(names) > 10
+    script = "import sys, lean_kernels as lk\nfor name in sys.argv[1:]: eval(name)"
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -23,6 +23,7 @@ __all__ = [
     "check_device",
     "command",
     "console",
+    "load_model",
     "model_path",
     "progress_bar",
     "require_transformers",
@@ -78,6 +79,19 @@ def model_path(model: str) -> str:
     if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise FileNotFoundError(f"model {model!r} is neither a directory nor a hub id")
     return model
+
+
+def load_model(path: str):
+    """The model of `model_path`, as the class it was saved from, and its tokenizer or None."""
+    from safetensors import SafetensorError
+
+    import lean_kernels as lk
+    from lean_kernels.evaluation import load_tokenizer
+
+    try:
+        return lk.load(path), load_tokenizer(path)
+    except (OSError, SafetensorError) as error:  # not all of them say what they are about
+        raise OSError(f"model {path}: {error}") from error
 
 
 def check_device(device: str) -> None:

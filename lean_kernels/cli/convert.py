@@ -10,6 +10,7 @@ from lean_kernels.cli.common import (
     Debug,
     Force,
     console,
+    load_model,
     model_path,
     progress_bar,
     require_transformers,
@@ -36,11 +37,10 @@ def convert(
     require_transformers()
 
     import lean_kernels as lk
-    from lean_kernels.evaluation import load_tokenizer
     from lean_kernels.integrations.transformers import save
 
     rules = lk.Recipe.from_toml(recipe)
-    dense, tokenizer = lk.load(path), load_tokenizer(path)
+    dense, tokenizer = load_model(path)
     with progress_bar() as progress:
         lean = lk.convert(dense, rules, tokenizer=tokenizer, progress=progress)
         save(lean, out, tokenizer=tokenizer, overwrite=force)

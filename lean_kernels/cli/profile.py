@@ -13,6 +13,7 @@ from lean_kernels.cli.common import (
     Debug,
     check_device,
     console,
+    load_model,
     model_path,
     progress_bar,
     require_transformers,
@@ -68,13 +69,12 @@ def profile(
     where = model_path(model)
     require_transformers()
 
-    import lean_kernels as lk
     from lean_kernels import _toml, evaluation
     from lean_kernels.compress import tokens
     from lean_kernels.recipe import Recipe, TokenRule
 
     rules = Recipe() if recipe is None else Recipe.from_toml(recipe)
-    dense, tokenizer = lk.load(where), evaluation.load_tokenizer(where)
+    dense, tokenizer = load_model(where)
     if tokenizer is None:
         raise ValueError(f"{where} has no tokenizer, so no text can be measured")
     longest = evaluation.longest_text(tokenizer, dense)

@@ -5,8 +5,10 @@ Importing this module registers the quantization method "lean"; `import lean_ker
 that by itself. The format is specified in the README, section "File format".
 """
 
+import copy
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -191,7 +193,7 @@ def save(
     """Save a lean model with its tokenizer and a model card that says how to load it.
 
     The directory appears whole or not at all. Weights and config are what
-    `model.save_pretrained(directory)` writes.
+    `model.save_pretrained(directory)` writes; the model and its config stay as they are.
 
     Args:
         model: a Hugging Face model that `convert` made lean.
@@ -210,12 +212,23 @@ def save(
     directory = Path(directory)
     report = model.lean_report() if hasattr(model, "lean_report") else LeanReport.of(model)
     with atomic_directory(directory, MARKER, overwrite) as scratch:
-        version = store_description(model)["format_version"]
-        model.save_pretrained(scratch)
+        with _config_of_its_own(model):
+            version = store_description(model)["format_version"]
+            model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         card = model_card(directory.resolve().name, type(model).__name__, report, version)
         (scratch / MARKER.file).write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _config_of_its_own(model):
+    """A base model shares its config with the model around it, which saving must not describe."""
+    shared, model.config = model.config, copy.deepcopy(model.config)
+    try:
+        yield
+    finally:
+        model.config = shared
 
 
 def _check_file(file: str, modules: dict) -> None:

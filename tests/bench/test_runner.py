@@ -4,6 +4,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -280,6 +281,13 @@ def test_report_of_a_tiny_run(monkeypatch, tmp_path):
     assert result["requirements"][2]["measured"] == 0
     text = paths["markdown_out"].read_text()
     assert "| easy | 0 |" in text and "FAIL" in text and "not measured" in text
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"mode": "int8"}], ids=str)
+def test_only_float32_is_held_against_the_roof_of_float32(change):
+    case, options = _case(), registry.Options(threads=1)
+    record = runner.run_config(case, replace(TINY, **change), options, budget=0.01, roof=100.0)
+    assert "gflops" in record and ("peak_fraction" in record) == (not change)
 
 
 def test_refused_configurations_stay_in_the_table():

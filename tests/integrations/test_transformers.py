@@ -304,6 +304,18 @@ def test_save_describes_layers_put_in_by_hand(tmp_path):
         save(nn.Linear(2, 2), tmp_path / "linear")
 
 
+def test_saving_a_part_leaves_the_config_it_shares(tmp_path):
+    model = lean(auto="AutoModelForSequenceClassification")
+    shared, before = model.config, model.config.to_dict()
+    save(model.bert, tmp_path / "base")
+    assert model.config is shared and model.bert.config is shared
+    assert shared.to_dict() == before
+    assert_same(model.bert, lk.load(tmp_path / "base"))
+    with pytest.raises(OSError, match="disk full"):
+        save(model.bert, tmp_path / "no", Tokenizer(OSError("disk full")))
+    assert model.bert.config is shared and shared.to_dict() == before
+
+
 def test_a_model_left_dense_saves_as_dense(tmp_path):
     model = dense()
     lk.convert(model, {"linear": {"encoder.*": {"density": 0.5, "dense_above": 0.0}}})

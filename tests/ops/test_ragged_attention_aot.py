@@ -17,6 +17,7 @@ from ahead_of_time import GFX942, SM80, SM90, Recorder, stack_bytes
 
 from lean_kernels import _tuning
 from lean_kernels.ops.ragged_attention import triton as launcher
+from lean_kernels.ops.ragged_attention import triton_call, triton_varlen
 
 KERNELS = [name for name in dir(launcher) if name.endswith("_kernel")]
 # sm_80's table serves the small chips of its generation and later ones too.
@@ -88,6 +89,21 @@ def check(launches, target, tmp_path, allowed=0) -> None:
             tile = {k: v for k, v in launch.options.items() if "BLOCK" in k or "num" in k}
             wrong.append(f"{launch.kernel.fn.__name__} {tile}: {spilled} B, {shared} KiB")
     assert not wrong
+
+
+@pytest.mark.parametrize("target", [SM80, SM90], ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("heads, dim", [(12, 64), (5, 40)], ids=str)
+def test_what_finishes_for_torch(monkeypatch, tmp_path, target, heads, dim):
+    kernel = Recorder(triton_varlen._finish_kernel)
+    query = torch.empty(8192, heads, dim, dtype=BF16, device="meta")
+    cu = torch.empty(4, dtype=torch.int32, device="meta")
+    lse = torch.empty(heads, 8192, device="meta")
+    by_torch = (lambda *args, **kwargs: (query, lse), None, True)
+    monkeypatch.setattr(triton_varlen, "_varlen_attn", lambda: by_torch)
+    monkeypatch.setattr(triton_varlen, "_finish_kernel", kernel)
+    layout = (cu, None, None, None, 4096, 0.125, -1, -1, 0, False, False)
+    triton_varlen.forward(triton_call.call_of(query, query, query, *layout))
+    check(kernel.launches, target, tmp_path)
 
 
 # Every kernel x configuration x target takes minutes; the tests below cover each kernel.

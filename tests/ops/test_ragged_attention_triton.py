@@ -10,7 +10,6 @@ from interpreted import (  # noqa: F401
     DEVICE,
     INTERPRETED,
     guarded_empty,
-    mend_bfloat16,
     on_gpu,
     quick_device_functions,
     skip_where_nothing_runs,
@@ -20,114 +19,21 @@ skip_where_nothing_runs()
 
 import triton as triton_language  # noqa: E402
 import triton.language as tl  # noqa: E402
+from ragged_triton import (  # noqa: E402, F401
+    MEAN,
+    Problem,
+    bfloat16_in_the_interpreter,
+    bounds,
+    check,
+    error,
+    take_path,
+)
 
 from lean_kernels.ops import ragged_attention  # noqa: E402
-from lean_kernels.ops.ragged_attention import reference, triton  # noqa: E402
+from lean_kernels.ops.ragged_attention import triton, triton_call  # noqa: E402
 from lean_kernels.ops.ragged_attention.triton_schedule import find_tile  # noqa: E402
 
-LENGTHS = [5, 0, 18, 1]
-SUM, MEAN = 1, 2
 PATHS = ["packed", "resident", "tiles"]
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_in_the_interpreter(monkeypatch):
-    mend_bfloat16(monkeypatch, triton)
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """Make the launcher take one path, in tiles small enough for the interpreter."""
-    plain = triton.config
-
-    def choose(path: str) -> None:
-        def config(kernel, *args):
-            if kernel == "resident":
-                small = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 2, "num_stages": 1}
-                return small if path == "resident" else None
-            if "packed" in kernel and path != "packed":
-                return None
-            return plain(kernel, *args)
-
-        monkeypatch.setattr(triton, "config", config)
-
-    return choose
-
-
-def bounds(lengths) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-
-
-def ascending(lengths) -> torch.Tensor:
-    """Positions that tokens could have after others were dropped."""
-    parts = [torch.randperm(2 * n)[:n].sort()[0] for n in lengths]
-    return torch.cat(parts).int().to(DEVICE)
-
-
-class Problem:
-    def __init__(
-        self, lengths=LENGTHS, lengths_k=None, *, heads=2, kv_heads=None, dim=16,
-        dtype=torch.float32, positions=False, max_seqlen=None, scale=0.3, left=-1, right=-1,
-        scores=SUM, per_head=False, exclude_diagonal=False,
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        keys = lengths if lengths_k is None else lengths_k
-        of_query = (sum(lengths), heads, dim)
-        of_key = (sum(keys), kv_heads or heads, dim)
-        self.qkv, self.grad = (
-            [torch.randn(shape).to(dtype).to(DEVICE) for shape in shapes]
-            for shapes in ((of_query, of_key, of_key), (of_query,))
-        )
-        shape = (sum(keys), heads) if per_head else (sum(keys),)
-        self.grad_scores = torch.randn(shape).to(DEVICE) if scores else None
-        self.index = (
-            bounds(lengths),
-            None if lengths_k is None else bounds(lengths_k),
-            ascending(lengths) if positions else None,
-            ascending(keys) if positions and lengths_k is not None else None,
-        )
-        self.longest = max(lengths) if max_seqlen is None else max_seqlen
-        self.numbers = (scale, left, right, scores, per_head, exclude_diagonal)
-
-    @property
-    def layout(self):
-        return *self.index, self.longest, *self.numbers
-
-    def forward(self):
-        return triton.forward(*self.qkv, *self.layout)
-
-    def gradients(self, out, lse):
-        return triton.grad(*self.grad, self.grad_scores, *self.qkv, out, lse, *self.layout)
-
-    def exact(self):
-        """Output, LSE, scores; gradients of query, key, value. In float64."""
-        scale, left, right, scores, *kind = self.numbers
-        qkv = [t.double() for t in self.qkv]
-        options = (*self.index, scale, left, right)
-        forward = reference.forward(*qkv, *options, scores > 0, scores == MEAN, *kind)
-        upstream = (None if t is None else t.double() for t in (*self.grad, self.grad_scores))
-        return forward, reference.grad(*upstream, *qkv, *options, scores == MEAN, *kind)
-
-
-def error(actual, exact) -> float:
-    """RMS of the error over RMS of the exact values."""
-    assert actual.shape == exact.shape
-    difference = float((actual.detach().double() - exact).norm())
-    return difference / float(exact.norm()) if difference else 0.0
-
-
-def check(problem, bound=1e-6, gradients=True):
-    out, lse, scores = problem.forward()
-    (exact_out, exact_lse, exact_scores), exact_gradients = problem.exact()
-    assert error(out, exact_out) < bound
-    seen = exact_lse > -torch.inf
-    assert torch.equal(seen, lse > -torch.inf)
-    assert error(lse[seen], exact_lse[seen]) < 1e-6
-    assert error(scores, exact_scores) < 1e-6
-    if gradients:
-        for actual, exact in zip(problem.gradients(out, lse), exact_gradients, strict=True):
-            assert error(actual, exact) < bound
-
 
 CASES = {
     "plain": {"scores": 0},
@@ -155,7 +61,7 @@ def test_float32(take, path, case):
 @pytest.mark.parametrize("case", ["causal mean", "grouped"])
 @pytest.mark.parametrize("path", PATHS)
 def test_heads_that_share_a_program(take, monkeypatch, path, case):
-    monkeypatch.setattr(triton, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_call, "_PROGRAMS", 1)
     take(path)
     check(Problem(**CASES[case]), gradients=path == "packed")
 
@@ -330,7 +236,7 @@ def test_every_row_has_one_tile(count, longest, pack):
     torch.manual_seed(0)
     lengths = torch.randint(longest + 1, (count,)).tolist()
     total = sum(lengths) + 7  # seven tokens behind the last sequence
-    programs = triton._tiles(total * pack, count, 16)
+    programs = triton_call.most_tiles(total * pack, count, 16)
     found = torch.zeros(programs, 4, dtype=torch.int32, device=DEVICE)
     _schedule_kernel[(programs,)](bounds(lengths), found, count, total, PACK=pack, BLOCK=16)
     edges = [0, *accumulate(lengths), total]
@@ -339,100 +245,6 @@ def test_every_row_has_one_tile(count, longest, pack):
         assert (start, stop) == (edges[b], edges[b + 1])
         rows += [start * pack + row for row in range(first, min(first + 16, (stop - start) * pack))]
     assert sorted(rows) == list(range(total * pack))
-
-
-class Varlen:
-    """In place of torch.nn.attention.varlen, with its habits and none of its needs."""
-
-    def __init__(self, monkeypatch):
-        self.calls = []
-        monkeypatch.setattr(triton, "_VARLEN_FROM", 64)
-        monkeypatch.setattr(triton, "_runs_varlen", lambda device: True)
-        monkeypatch.setattr(triton, "_varlen_attn", lambda: (self, "lse", True))
-
-    def __call__(
-        self, query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux, scale, window_size,
-        enable_gqa=False,
-    ):  # fmt: skip
-        assert return_aux == "lse" and enable_gqa == (query.shape[1] != key.shape[1])
-        self.calls.append((max_q, max_k, scale, window_size))
-        qkv = (t.float() for t in (query, key, value))
-        out, lse, _ = reference.forward(
-            *qkv, cu_q, None, None, None, scale, *window_size, False, False, False, False
-        )
-        written = torch.arange(len(query)) < cu_q[-1]
-        out[~written], lse[~written] = torch.nan, torch.nan
-        return out.to(query.dtype), lse.masked_fill(lse == -torch.inf, torch.inf).t().contiguous()
-
-
-HALF = {"dtype": torch.float16, "dim": 8, "max_seqlen": 70}
-
-
-@pytest.mark.parametrize(
-    "options", [{"scores": 0}, {"kv_heads": 1, "left": 9, "right": 0}], ids=str
-)
-def test_long_sequences_go_to_torch(monkeypatch, take, options):
-    if DEVICE != "cpu":
-        pytest.skip("the stand-in runs on the CPU; test_long_sequences_on_gpu has the real one")
-    take("tiles")
-    varlen = Varlen(monkeypatch)
-    problem = Problem([70, 6, 4], **HALF, **options)
-    problem.index = (bounds([70, 6]), *problem.index[1:])
-    out, lse, scores = problem.forward()
-    (exact, exact_lse, exact_scores), _ = problem.exact()
-    assert varlen.calls == [(70, 70, 0.3, problem.numbers[1:3])]
-    assert error(out[:76], exact[:76]) < 1e-3 and not bool(out[76:].any())
-    assert error(lse[:76], exact_lse[:76]) < 1e-6
-    assert bool((lse[76:] == -torch.inf).all())
-    assert scores.numel() == 0 or error(scores, exact_scores) < 1e-6
-
-
-def test_varlen_poisons_what_max_seqlen_denied(monkeypatch):
-    if DEVICE != "cpu":
-        pytest.skip("the stand-in runs on the CPU")
-    Varlen(monkeypatch)
-    problem = Problem([4, 90, 6], **HALF, scores=0)
-    out, lse, _ = problem.forward()
-    for t in (out, lse):
-        assert bool(t[4 + 70 : 94].isnan().all())
-        assert bool(t[:74].isfinite().all()) and bool(t[94:].isfinite().all())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": torch.float32},
-        {"dim": 12},
-        {"max_seqlen": 60},
-        {"max_seqlen": -1},
-        {"positions": True, "left": 3},
-        {"lengths_k": [70, 3, 3]},
-    ],
-    ids=str,
-)
-def test_what_torch_would_not_take(monkeypatch, options):
-    Varlen(monkeypatch)
-    assert triton._varlen_fits(call_of(Problem([70, 6, 0], **HALF)), 70)
-    problem = Problem([70, 6, 0], **(HALF | options))
-    assert not triton._varlen_fits(call_of(problem), problem.longest)
-
-
-def call_of(problem):
-    return triton._call(*problem.qkv, *problem.layout)
-
-
-def test_misaligned_views_are_not_given_to_torch(monkeypatch):
-    Varlen(monkeypatch)
-    problem = Problem([70], **HALF)
-    wide = torch.zeros(70, 2, 9, dtype=torch.float16, device=DEVICE)
-    for view in (wide[..., 1:], wide[..., :8]):
-        problem.qkv[1] = view
-        assert not triton._varlen_fits(call_of(problem), 70)
-
-
-def test_torch_here_has_what_the_dispatch_calls():
-    kernel, request, _ = triton._varlen_attn()
-    assert callable(kernel) and request.lse
 
 
 def test_refusals():
@@ -462,19 +274,6 @@ def test_length_classes_on_gpu(longest, kv_heads):
     for options in ({}, {"right": 0, "scores": MEAN, "exclude_diagonal": True, "per_head": True}):
         check(big(torch.float32, longest=longest, kv_heads=kv_heads, **options), 2e-6)
         check(big(longest=longest, kv_heads=kv_heads, **options), 2e-2)
-
-
-@on_gpu
-@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (200, 50)], ids=str)
-@pytest.mark.parametrize("kv_heads", [6, 2])
-def test_long_sequences_on_gpu(monkeypatch, window, kv_heads):
-    left, right = window
-    problem = Problem(
-        [2000, 7, 0, 1100], heads=6, kv_heads=kv_heads, dim=64, dtype=torch.bfloat16,
-        left=left, right=right,
-    )  # fmt: skip
-    assert triton._varlen_fits(call_of(problem), 2000)
-    check(problem, 2e-2)
 
 
 @on_gpu

@@ -76,8 +76,8 @@ LK_INLINE bool all_zero(Vec<float> v) {
 
 // Rows of x as [input block][step][part] tiles of [16 rows][pair]; `spoilt` says which rows are not
 // finite.
-void pack_rows(const Float16* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& cut, char* panel,
-               bool* spoilt) {
+void pack_rows(const Float16* x, int64_t ldx, int64_t rows, int64_t cols, const Cut& cut,
+               char* panel, bool* spoilt) {
   const __mmask16 lanes = first_lanes(cut.half);
   for (int64_t r = 0; r < rows; ++r, x += ldx) {
     Vec<float> check = {};

@@ -2,7 +2,7 @@
 """Triton kernels of block_sparse_linear over int8 weights; not yet run on hardware.
 
 One kernel rounds the rows of x to int8, the other multiplies: a program owns one block row and a
-tile of tokens, sums in int32 and scales back with the epilogue. Bounds as in `triton.py`.
+tile of tokens, sums in int32 and scales back with the epilogue. Bounds as in `triton_kernels.py`.
 """
 
 import torch
@@ -11,15 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_kernels.ops.block_sparse_linear import int8
-from lean_kernels.ops.block_sparse_linear.triton import (
-    _OPTIONS,
-    _activate,
-    _check,
-    _clamp,
-    _row,
-    _rows,
-    _step,
-    _tile,
+from lean_kernels.ops.block_sparse_linear.triton import _OPTIONS, _check, _clamp, _rows
+from lean_kernels.ops.block_sparse_linear.triton_kernels import (
+    activate,
+    find_row,
+    find_step,
+    find_tile,
 )
 
 
@@ -87,17 +84,19 @@ def _matmul_int8_kernel(
     ACTIVATION: tl.constexpr,
 ):
     CUTS_N: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = _tile(tokens, tl.cdiv(features_n, SIZE_N) * CUTS_N, BLOCK_M, GROUP_M)
+    tile_m, tile_n = find_tile(tokens, tl.cdiv(features_n, SIZE_N) * CUTS_N, BLOCK_M, GROUP_M)
     row = tile_n // CUTS_N
 
     m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n % CUTS_N * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = m < tokens
-    start, stop, steps = _row(start_ptr, row, nnz, SIZE_K, BLOCK_K)
+    start, stop, steps = find_row(start_ptr, row, nnz, SIZE_K, BLOCK_K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for step in range(steps):
-        entry, k, feature, mask_k = _step(step, index_ptr, start, stop, features_k, SIZE_K, BLOCK_K)
+        entry, k, feature, mask_k = find_step(
+            step, index_ptr, start, stop, features_k, SIZE_K, BLOCK_K
+        )
         q = tl.load(  # [BLOCK_M, BLOCK_K]
             q_ptr + m[:, None] * features_k + tl.cast(feature, tl.int64)[None, :],
             mask=mask_m[:, None] & mask_k[None, :],
@@ -118,7 +117,7 @@ def _matmul_int8_kernel(
     y = acc.to(tl.float32) * (row_scale[:, None] * weight_scale[None, :])
     if bias_ptr is not None:
         y += tl.load(bias_ptr + out, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y = _activate(y, ACTIVATION)
+    y = activate(y, ACTIVATION)
     mask = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:
         offsets = m[:, None] * stride_rm + tl.cast(out, tl.int64)[None, :] * stride_rn

@@ -13,26 +13,23 @@ _grad_packed_kernel  short sequences; all three in one program, from a softmax d
 import triton
 import triton.language as tl
 
-from lean_kernels.ops.ragged_attention.triton_forward import (
+from lean_kernels.ops.ragged_attention.triton_schedule import (
     LN2,
+    VARYING,
     cut_too_long,
     find_packed,
-    in_window,
-    packed_mask,
-    packed_weights,
-    rows_of,
-)
-from lean_kernels.ops.ragged_attention.triton_schedule import (
     find_seen,
     find_span,
     find_tile,
+    in_window,
     load_tile,
+    packed_mask,
+    packed_weights,
     positions_of,
     rows_at,
+    rows_of,
     store_tile,
 )
-
-_VARYING = ["sequences", "total", "total_k", "left", "right"]
 
 
 @triton.jit
@@ -57,7 +54,7 @@ def _probabilities(s, scale2, lse, seen):
     return tl.where(seen, tl.exp2(s * scale2 - lse2), 0.0)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _grad_query_kernel(
     q_ptr,
     k_ptr,
@@ -193,7 +190,7 @@ def _grad_query_kernel(
     store_tile(dq_ptr, start + token, head, HEADS, live, acc * scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _grad_keys_kernel(
     q_ptr,
     k_ptr,
@@ -338,7 +335,7 @@ def _fill_gradients(
                 store_tile(dq_ptr, token, kv_head * GROUP + i, HEADS, live, tile, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _grad_packed_kernel(
     q_ptr,
     k_ptr,

@@ -4,7 +4,6 @@
 _tiles_kernel     any lengths; a tile of rows stays, key tiles pass by (online softmax)
 _scores_kernel    any lengths; a tile of keys stays, row tiles pass by, with the saved LSE
 _packed_kernel    short sequences; whole sequences per program, output and scores in one pass
-_finish_kernel    what torch's varlen_attn leaves to do
 _resident_kernel  middle lengths; all keys of one sequence stay, output and scores in one pass
 
 Logits are kept in powers of two: scale2 = scale * log2(e), and it is positive (the launcher puts a
@@ -15,39 +14,25 @@ import triton
 import triton.language as tl
 
 from lean_kernels.ops.ragged_attention.triton_schedule import (
-    count_up_to,
+    LN2,
+    VARYING,
+    cut_too_long,
+    find_packed,
     find_seen,
     find_span,
     find_tile,
+    in_window,
     load_tile,
+    packed_mask,
+    packed_weights,
     positions_of,
     rows_at,
+    rows_of,
     store_tile,
 )
 
-_VARYING = ["sequences", "total", "total_k", "left", "right"]
-LN2 = tl.constexpr(0.6931471805599453)
 
-
-@triton.jit
-def rows_of(row, h, PACK: tl.constexpr):
-    """Token and head of rows of a tile; h counts groups of PACK heads."""
-    token = row
-    head = h
-    if PACK > 1:
-        token = row // PACK
-        head = h * PACK + row % PACK
-    return token, head
-
-
-@triton.jit
-def in_window(row_positions, key_positions, left, right):
-    """[rows, keys] (or transposed, by the shapes given): does the row see the key?"""
-    distance = key_positions - row_positions
-    return (distance >= -left) & (distance <= right)
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _tiles_kernel(
     q_ptr,
     k_ptr,
@@ -146,7 +131,7 @@ def _tiles_kernel(
     tl.store(lse_ptr + tl.cast(start + token, tl.int64) * HEADS + head, lse, mask=live)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "parts"])
+@triton.jit(do_not_specialize=[*VARYING, "parts"])
 def _scores_kernel(
     q_ptr,
     k_ptr,
@@ -261,45 +246,6 @@ def _scores_kernel(
         tl.store(scores_ptr + at, received, mask=known)
 
 
-@triton.jit(do_not_specialize=["sequences", "total", "longest"])
-def _finish_kernel(
-    out_ptr,  # [total, HEADS, D], contiguous; corrected in place
-    from_ptr,  # LSE [HEADS, total] in strides
-    lse_ptr,  # LSE [total, HEADS], contiguous
-    cu_ptr,
-    sequences,
-    total,
-    longest,
-    stride_fh,
-    stride_ft,
-    HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    first = tl.program_id(0) * BLOCK
-    token = first + tl.arange(0, BLOCK)
-    b = tl.maximum(count_up_to(cu_ptr, sequences + 1, first, 1, 0) - 1, 0)
-    start, stop = find_span(cu_ptr, b, sequences, total)
-    behind, _ = find_span(cu_ptr, sequences, sequences, total)
-    # No sequence that begins inside the block can pass `longest` inside it: longest >= BLOCK.
-    wrong = (b < sequences) & (token >= start + longest) & (token < stop)
-    value = tl.where(wrong, float("nan"), 0.0)
-    written = (token < behind) & (token < total) & (wrong == 0)
-    h = tl.arange(0, BLOCK_H)
-    mask = (token < total)[:, None] & (h < HEADS)[None, :]
-    at = tl.cast(token, tl.int64)[:, None] * stride_ft + tl.cast(h, tl.int64)[None, :] * stride_fh
-    lse = tl.load(from_ptr + at, mask=mask & written[:, None], other=float("inf"))
-    lse = tl.where(lse == float("inf"), -float("inf"), lse) + value[:, None]
-    tl.store(lse_ptr + tl.cast(token, tl.int64)[:, None] * HEADS + h[None, :], lse, mask=mask)
-    rest = (token < total) & (written == 0)
-    if tl.sum(rest.to(tl.int32), 0) > 0:
-        tile = tl.zeros((BLOCK, BLOCK_D), tl.float32) + value[:, None]
-        for n in range(HEADS):
-            store_tile(out_ptr, token, n, HEADS, rest, tile, D, BLOCK_D)
-
-
 @triton.jit
 def _softmax(s, scale2):
     """Rows of probabilities, and their LSE; zeros and -inf where all of s is -inf."""
@@ -309,38 +255,6 @@ def _softmax(s, scale2):
     mass = tl.sum(p, 1)
     p = p * tl.where(mass == 0, 0.0, 1.0 / mass)[:, None]
     return p, (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
-
-
-@triton.jit
-def find_segments(cu_ptr, first, sequences, start, stop, token, SEQUENCES: tl.constexpr):
-    """Tokens [begin, end) of the sequence that each token of [start, stop) belongs to, where the
-    span holds the sequences first .. first + SEQUENCES - 1."""
-    begin = token * 0 + start
-    end = token * 0 + stop
-    for i in tl.static_range(1, SEQUENCES):
-        cut = tl.load(cu_ptr + tl.minimum(first + i, sequences))
-        cut = tl.minimum(tl.maximum(cut, start), stop)
-        begin = tl.where(token >= cut, tl.maximum(begin, cut), begin)
-        end = tl.where(token < cut, tl.minimum(end, cut), end)
-    return begin, end
-
-
-@triton.jit
-def find_packed(cu_ptr, sequences, total, program, SEQUENCES: tl.constexpr):
-    """First sequence of a program that takes SEQUENCES whole ones, and their tokens; behind the
-    last sequence, nothing."""
-    first = program * SEQUENCES
-    start, _ = find_span(cu_ptr, first, sequences, total)
-    last = tl.minimum(first + SEQUENCES, sequences)
-    stop = tl.minimum(tl.maximum(tl.load(cu_ptr + last), start), total)
-    return first, start, stop
-
-
-@triton.jit
-def cut_too_long(start, stop, BLOCK: tl.constexpr):
-    """The part of a span to compute, and the rest to poison: all or nothing of it."""
-    fits = stop - start <= BLOCK
-    return tl.where(fits, stop, start), tl.where(fits, start, stop)
 
 
 @triton.jit
@@ -386,37 +300,7 @@ def fill_rest(
     )  # fmt: skip
 
 
-@triton.jit
-def packed_mask(
-    cu_ptr, positions_ptr, first, sequences, start, stop, left, right,
-    BLOCK: tl.constexpr, SEQUENCES: tl.constexpr, BOUNDED: tl.constexpr,
-):  # fmt: skip
-    """For rows and keys of a tile of whole sequences: [rows, keys] seen, and on the diagonal."""
-    row = start + tl.arange(0, BLOCK)
-    key = start + tl.arange(0, BLOCK)
-    seen = (key < stop)[None, :] & (row < stop)[:, None]
-    if SEQUENCES > 1:
-        row_begin, _ = find_segments(cu_ptr, first, sequences, start, stop, row, SEQUENCES)
-        key_begin, _ = find_segments(cu_ptr, first, sequences, start, stop, key, SEQUENCES)
-        seen = seen & (row_begin[:, None] == key_begin[None, :])
-    row_at = positions_of(positions_ptr, 0, row, stop, 0)[:, None]
-    key_at = positions_of(positions_ptr, 0, key, stop, 0)[None, :]
-    if BOUNDED:
-        seen = seen & in_window(row_at, key_at, left, right)
-    return seen, row_at == key_at
-
-
-@triton.jit
-def packed_weights(
-    cu_ptr, first, sequences, start, stop, token,
-    HEADS: tl.constexpr, SEQUENCES: tl.constexpr, PER_HEAD: tl.constexpr,
-):  # fmt: skip
-    """What turns sums over rows and heads into means, for each token of the tile."""
-    begin, end = find_segments(cu_ptr, first, sequences, start, stop, token, SEQUENCES)
-    return 1.0 / (tl.maximum(end - begin, 1) * (1.0 if PER_HEAD else HEADS))
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _packed_kernel(
     q_ptr,
     k_ptr,
@@ -547,7 +431,7 @@ def _resident_heads(
         tl.store(scores_ptr + at, received, mask=key < tokens)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _resident_kernel(
     q_ptr,
     k_ptr,

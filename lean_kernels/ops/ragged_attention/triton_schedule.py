@@ -12,6 +12,9 @@ A row is a (token, head) pair: PACK query heads that share a key head lie side b
 import triton
 import triton.language as tl
 
+VARYING = ["sequences", "total", "total_k", "left", "right"]  # from call to call
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def count_up_to(ptr, count, x, PACK: tl.constexpr, BLOCK: tl.constexpr):
@@ -111,3 +114,83 @@ def store_tile(
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
     tl.store(ptr + rows[:, None] + d[None, :], tile, mask=mask)
+
+
+@triton.jit
+def rows_of(row, h, PACK: tl.constexpr):
+    """Token and head of rows of a tile; h counts groups of PACK heads."""
+    token = row
+    head = h
+    if PACK > 1:
+        token = row // PACK
+        head = h * PACK + row % PACK
+    return token, head
+
+
+@triton.jit
+def in_window(row_positions, key_positions, left, right):
+    """[rows, keys] (or transposed, by the shapes given): does the row see the key?"""
+    distance = key_positions - row_positions
+    return (distance >= -left) & (distance <= right)
+
+
+@triton.jit
+def find_segments(cu_ptr, first, sequences, start, stop, token, SEQUENCES: tl.constexpr):
+    """Tokens [begin, end) of the sequence that each token of [start, stop) belongs to, where the
+    span holds the sequences first .. first + SEQUENCES - 1."""
+    begin = token * 0 + start
+    end = token * 0 + stop
+    for i in tl.static_range(1, SEQUENCES):
+        cut = tl.load(cu_ptr + tl.minimum(first + i, sequences))
+        cut = tl.minimum(tl.maximum(cut, start), stop)
+        begin = tl.where(token >= cut, tl.maximum(begin, cut), begin)
+        end = tl.where(token < cut, tl.minimum(end, cut), end)
+    return begin, end
+
+
+@triton.jit
+def find_packed(cu_ptr, sequences, total, program, SEQUENCES: tl.constexpr):
+    """First sequence of a program that takes SEQUENCES whole ones, and their tokens; behind the
+    last sequence, nothing."""
+    first = program * SEQUENCES
+    start, _ = find_span(cu_ptr, first, sequences, total)
+    last = tl.minimum(first + SEQUENCES, sequences)
+    stop = tl.minimum(tl.maximum(tl.load(cu_ptr + last), start), total)
+    return first, start, stop
+
+
+@triton.jit
+def cut_too_long(start, stop, BLOCK: tl.constexpr):
+    """The part of a span to compute, and the rest to poison: all or nothing of it."""
+    fits = stop - start <= BLOCK
+    return tl.where(fits, stop, start), tl.where(fits, start, stop)
+
+
+@triton.jit
+def packed_mask(
+    cu_ptr, positions_ptr, first, sequences, start, stop, left, right,
+    BLOCK: tl.constexpr, SEQUENCES: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """For rows and keys of a tile of whole sequences: [rows, keys] seen, and on the diagonal."""
+    row = start + tl.arange(0, BLOCK)
+    key = start + tl.arange(0, BLOCK)
+    seen = (key < stop)[None, :] & (row < stop)[:, None]
+    if SEQUENCES > 1:
+        row_begin, _ = find_segments(cu_ptr, first, sequences, start, stop, row, SEQUENCES)
+        key_begin, _ = find_segments(cu_ptr, first, sequences, start, stop, key, SEQUENCES)
+        seen = seen & (row_begin[:, None] == key_begin[None, :])
+    row_at = positions_of(positions_ptr, 0, row, stop, 0)[:, None]
+    key_at = positions_of(positions_ptr, 0, key, stop, 0)[None, :]
+    if BOUNDED:
+        seen = seen & in_window(row_at, key_at, left, right)
+    return seen, row_at == key_at
+
+
+@triton.jit
+def packed_weights(
+    cu_ptr, first, sequences, start, stop, token,
+    HEADS: tl.constexpr, SEQUENCES: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """What turns sums over rows and heads into means, for each token of the tile."""
+    begin, end = find_segments(cu_ptr, first, sequences, start, stop, token, SEQUENCES)
+    return 1.0 / (tl.maximum(end - begin, 1) * (1.0 if PER_HEAD else HEADS))

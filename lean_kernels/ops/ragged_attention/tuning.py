@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be tuned in ragged_attention's Triton kernels; the table is described at `config`."""
+"""What can be tuned in ragged_attention's Triton kernels; `triton_call.config` says what a table
+holds."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
