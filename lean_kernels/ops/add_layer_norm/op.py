@@ -125,8 +125,9 @@ def add_layer_norm(
 
     Returns:
         x's shape, or [N, D] with indices; x's dtype, contiguous. Sums, and the sum of x and
-        residual, are taken in float32 (float64 for float64): the mean first, then the variance
-        around it. A row's result does not depend on the other rows, bit for bit.
+        residual, are taken in float32 (float64 for float64), the variance around the mean where
+        that is larger than the spread. A row's result does not depend on the other rows, bit for
+        bit.
 
     Raises:
         ValueError: a shape, dtype, device or impl that does not fit; on CPU also an index out of
