@@ -3,8 +3,8 @@
 
 Each round takes one sample of every competitor, so that noise on the machine hits all alike, and a
 ratio is the median over rounds of the ratio within a round. Caches are as warm as repetition makes
-them: a short call is made once untimed, then repeated until the clock can resolve it. On a GPU its
-own events are the clock, and every call finds the L2 cache cold (`clock.Cuda`).
+them: a short call is repeated until the clock can resolve it, after as many untimed ones. On a GPU
+its own events are the clock, and every call finds the L2 cache cold (`clock.Cuda`).
 """
 
 import time

@@ -57,11 +57,12 @@ Tensor add_layer_norm(const Tensor& x, std::optional<Tensor> residual, const Ten
   const AddLayerNormKernel kernel = cpu_kernels().add_layer_norm[dtype];
   const int64_t bytes = in.cols * x.element_size();
   const int64_t threads = rows * bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
-  const int64_t task_rows = std::max<int64_t>(1, std::min(kTaskBytes / bytes,
-                                                          ceil_div(rows, threads)));
-  run_tasks(ceil_div(rows, task_rows), threads, [&](int64_t i) {
+  // As many for each thread, all of one size.
+  const int64_t tasks =
+      std::min(rows, ceil_div(ceil_div(rows * bytes, kTaskBytes), threads) * threads);
+  run_tasks(tasks, threads, [&](int64_t i) {
     void* row = thread_scratch(in.cols * (dtype == kFloat64 ? 8 : 4));
-    kernel(p, i * task_rows, std::min(rows, (i + 1) * task_rows), row);
+    kernel(p, rows * i / tasks, rows * (i + 1) / tasks, row);
   });
   return y;
 }

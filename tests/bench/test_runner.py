@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import break_even, environment, masks, plot, registry, report, run, runner
+from bench import break_even, clock, environment, masks, plot, registry, report, run, runner
 from bench.block_sparse_competitors import MODES, Config, prepare
 
 TINY = Config(shape="64x48", m=5, density=0.5, block="16x16")
@@ -116,9 +116,22 @@ def test_rounds_are_interleaved_and_every_call_is_counted():
         low, high = timing.spread
         assert low <= timing.median <= high
         rounds, inner = len(timing.seconds), timing.calls_per_sample
-        assert order.count(name) == 2 + rounds * (inner + (inner > 1))
+        assert order.count(name) == 2 * (2 + rounds * inner)  # half of them untimed
     switches = sum(a != b for a, b in pairwise(order))
     assert switches >= 2 * runner.MIN_ROUNDS - 1
+
+
+def test_short_calls_find_warm_caches_and_long_ones_are_timed_at_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    for first, later, calls, made in ((5e-3, 1e-3, 1, 2), (5e-3, 1e-3, 3, 6), (0.03, 0.02, 1, 1)):
+        durations = iter([first, *[later] * 9])
+
+        def call(durations=durations):
+            now[0] += next(durations)
+
+        assert clock.host(call, calls) == pytest.approx(first if made == 1 else later)
+        assert len(list(durations)) == 10 - made
 
 
 def test_slow_competitor_sits_out_later_rounds():

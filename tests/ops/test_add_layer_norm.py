@@ -104,6 +104,16 @@ def test_large_means_lose_no_more_than_in_torch(impl):
     assert error(add_layer_norm(x, None, weight, bias, impl=impl), expected) <= 2 * dense
 
 
+@pytest.mark.parametrize("center", [0.9, 1.0, 1.1, 2.0])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_means_about_as_large_as_the_spread(impl, center):
+    x, _, weight, bias, _ = inputs(200, 768)
+    x = x - 0.5 + center
+    x[:, 0] += torch.linspace(0, 100, 200)  # outliers
+    y = add_layer_norm(x, None, weight, bias, impl=impl)
+    assert error(y, exact(x, None, weight, bias)) <= TOLERANCE[torch.float32]
+
+
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(dtype):

@@ -12,14 +12,17 @@ namespace {
 
 constexpr int kLine = 64;  // bytes
 
-// row = x (+ residual), widened; returns its sum.
-template <bool added, class S, class A>
-LK_INLINE A read_row(const S* x, const S* residual, A* row, int64_t features) {
-  return sum_over<A>(features, [&](int64_t i, auto kind) {
+// row = x (+ residual), widened; returns the sums of it and of its squares.
+template <bool added, class S, class A, class Fetch>
+LK_INLINE Terms<A, 2> read_row(const S* x, const S* residual, A* row, int64_t features,
+                               Fetch fetch) {
+  const auto terms = [&](int64_t i, auto kind) {
     auto v = read(kind, x + i);
     if constexpr (added) v += read(kind, residual + i);
-    return keep(row + i, v);
-  });
+    keep(row + i, v);
+    return Terms<decltype(kind), 2>{{v, v * v}};
+  };
+  return sums_over<A, 2>(features, terms, fetch);
 }
 
 template <class S>
@@ -36,20 +39,22 @@ void add_layer_norm_rows(const AddLayerNorm& p, int64_t begin, int64_t end, void
     const S* residual = static_cast<const S*>(p.residual) + (p.residual ? from * p.ldr : 0);
     const S* next = static_cast<const S*>(p.x) + after * p.ldx;
     const S* next_residual = p.residual ? static_cast<const S*>(p.residual) + after * p.ldr : next;
-    const A sum = p.residual ? read_row<true>(x, residual, row, features)
-                             : read_row<false>(x, residual, row, features);
-    const A mean = sum / A(features);
     // No processor foresees the next row where rows are chosen, nor across the end of a page.
     const auto fetch = [&](int64_t i) {
-      for (int k = 0; k < 4 * kLanes<A>; k += kLine / int(sizeof(S))) {
+      for (int k = 0; k < kLanes<A>; k += kLine / int(sizeof(S))) {
         __builtin_prefetch(next + i + k);
         __builtin_prefetch(next_residual + i + k);
       }
     };
-    const A variance = squared_distance(row, mean, features, fetch) / A(features);
+    const auto [sum, squares] = (p.residual ? read_row<true>(x, residual, row, features, FetchNothing())
+                                            : read_row<false>(x, residual, row, features, FetchNothing())).of;
+    const A mean = sum / A(features);
+    A variance = squares / A(features) - mean * mean;
+    // Far from zero that would be a small difference of large numbers.
+    if (!(mean * mean <= variance)) variance = squared_distance(row, mean, features) / A(features);
     const A scale = A(1) / std::sqrt(variance + A(p.eps));
     write_normal<false>(static_cast<S*>(p.y) + r * features, row, mean, scale, weight, bias,
-                        features);
+                        features, fetch);
   }
 }
 

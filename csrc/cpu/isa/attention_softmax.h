@@ -87,15 +87,6 @@ LK_INLINE auto lanes_inside(int64_t at, Span span) {
   return (lane_numbers<A>() >= splat(begin)) & (lane_numbers<A>() < splat(end));
 }
 
-template <class A>
-LK_INLINE A sum_of_lanes(Vec<A> v) {
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  for (int step = kLanes<A> / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
-}
-
 // Outside of `seen`, the columns of `span` (whole vectors) get `value`.
 template <class A>
 LK_INLINE void fill_outside(A* s, Span span, Span seen, A value) {

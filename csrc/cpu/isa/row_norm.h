@@ -31,55 +31,67 @@ LK_INLINE V keep(A* p, V v) {
   return v;
 }
 
-template <class A>
-LK_INLINE A sum_lanes(const Vec<A> (&part)[4]) {
-  A lanes[kLanes<A>];
-  store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
-  for (int step = kLanes<A> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
-}
-
 struct FetchNothing {
   void operator()(int64_t) const {}
 };
 
-// Sum over the features i of term(i, kind), always in the same order. `fetch(i)` is called before
-// each four vectors.
-template <class A, class Term, class Fetch = FetchNothing>
-LK_INLINE A sum_over(int64_t features, Term term, Fetch fetch = {}) {
+template <class V, int count>
+struct Terms {
+  V of[count];
+};
+
+// Sums over the features i of each of terms(i, kind), always in the same order. `fetch(i)` is called
+// before each four vectors.
+template <class A, int count, class F, class Fetch = FetchNothing>
+LK_INLINE Terms<A, count> sums_over(int64_t features, F terms, Fetch fetch = {}) {
   constexpr int W = kLanes<A>;
-  Vec<A> part[4] = {};
+  Vec<A> part[count][4] = {};
+  const auto add = [&](int k, const Terms<Vec<A>, count>& t) {
+#pragma GCC unroll 2
+    for (int n = 0; n < count; ++n) part[n][k] += t.of[n];
+  };
   int64_t i = 0;
   for (; i + 4 * W <= features; i += 4 * W) {
     fetch(i);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) part[k] += term(i + k * W, Vec<A>{});
+    for (int k = 0; k < 4; ++k) add(k, terms(i + k * W, Vec<A>{}));
   }
-  for (; i + W <= features; i += W) part[0] += term(i, Vec<A>{});
-  A sum = sum_lanes<A>(part);
-  for (; i < features; ++i) sum += term(i, A{});
-  return sum;
+  for (; i + W <= features; i += W) add(0, terms(i, Vec<A>{}));
+  Terms<A, count> sums;
+#pragma GCC unroll 2
+  for (int n = 0; n < count; ++n) sums.of[n] = sum_of_lanes<A>((part[n][0] + part[n][1]) + (part[n][2] + part[n][3]));
+  for (; i < features; ++i) {
+    const Terms<A, count> t = terms(i, A{});
+  #pragma GCC unroll 2
+  for (int n = 0; n < count; ++n) sums.of[n] += t.of[n];
+  }
+  return sums;
 }
 
-template <class A, class Fetch = FetchNothing>
-LK_INLINE A squared_distance(const A* row, A center, int64_t features, Fetch fetch = {}) {
-  return sum_over<A>(
-      features,
-      [&](int64_t i, auto kind) {
-        const auto v = read(kind, row + i) - center;
-        return v * v;
-      },
-      fetch);
+template <class A, class Term>
+LK_INLINE A sum_over(int64_t features, Term term) {
+  const auto terms = [&](int64_t i, auto kind) {
+    return Terms<decltype(kind), 1>{{term(i, kind)}};
+  };
+  return sums_over<A, 1>(features, terms).of[0];
+}
+
+template <class A>
+LK_INLINE A squared_distance(const A* row, A center, int64_t features) {
+  return sum_over<A>(features, [&](int64_t i, auto kind) {
+    const auto v = read(kind, row + i) - center;
+    return v * v;
+  });
 }
 
 // y[i] = value(i, kind). `streamed`: past the caches; y and its length are then whole cache lines.
-template <bool streamed, class S, class Value>
-LK_INLINE void write_row(S* y, int64_t features, Value value) {
+template <bool streamed, class S, class Value, class Fetch = FetchNothing>
+LK_INLINE void write_row(S* y, int64_t features, Value value, Fetch fetch = {}) {
   using A = typename Accumulator<S>::type;
   constexpr int W = kLanes<A>;
   int64_t i = 0;
   for (; i + W <= features; i += W) {
+    fetch(i);
     if constexpr (streamed) {
       stream_narrow(y + i, value(i, Vec<A>{}));
     } else {
@@ -90,24 +102,24 @@ LK_INLINE void write_row(S* y, int64_t features, Value value) {
 }
 
 // y = (row - center) * scale * weight + bias; weight and bias may be null.
-template <bool streamed, class S, class A>
+template <bool streamed, class S, class A, class Fetch = FetchNothing>
 LK_INLINE void write_normal(S* y, const A* row, A center, A scale, const A* weight, const A* bias,
-                            int64_t features) {
+                            int64_t features, Fetch fetch = {}) {
   const auto normal = [&](int64_t i, auto kind) { return (read(kind, row + i) - center) * scale; };
   if (weight && bias) {
     write_row<streamed>(y, features, [&](int64_t i, auto kind) {
       return normal(i, kind) * read(kind, weight + i) + read(kind, bias + i);
-    });
+    }, fetch);
   } else if (weight) {
     write_row<streamed>(y, features, [&](int64_t i, auto kind) {
       return normal(i, kind) * read(kind, weight + i);
-    });
+    }, fetch);
   } else if (bias) {
     write_row<streamed>(y, features, [&](int64_t i, auto kind) {
       return normal(i, kind) + read(kind, bias + i);
-    });
+    }, fetch);
   } else {
-    write_row<streamed>(y, features, normal);
+    write_row<streamed>(y, features, normal, fetch);
   }
 }
 

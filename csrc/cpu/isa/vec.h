@@ -227,6 +227,22 @@ LK_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
   }
 }
 
+template <int step, class A, int... lane>
+LK_INLINE Vec<A> swap_lanes(Vec<A> v, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(v, v, (lane ^ step)...);
+}
+
+// The sum of a vector's lanes, one half added to the other, always by the same tree.
+template <class A, int step = kLanes<A> / 2>
+LK_INLINE A sum_of_lanes(Vec<A> v) {
+  if constexpr (step == 0) {
+    return v[0];
+  } else {
+    v += swap_lanes<step, A>(v, std::make_integer_sequence<int, kLanes<A>>());
+    return sum_of_lanes<A, step / 2>(v);
+  }
+}
+
 // a and b folded into one vector: where `step` is set in a lane's number lies what `op` makes of b's
 // pairs of lanes `step` apart, elsewhere that of a's.
 template <int step, class A, class Op, int... lane>

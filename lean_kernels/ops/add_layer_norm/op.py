@@ -69,20 +69,21 @@ def _check(x, residual, weight, bias, indices, impl) -> None:
     def fail(problem: str) -> None:
         raise ValueError(f"{NAME}: {problem}")
 
-    if x.dim() < 1 or x.shape[-1] < 1 or x.dtype not in DTYPES:
+    shape, dtype = x.shape, x.dtype
+    if not shape or shape[-1] < 1 or dtype not in DTYPES:
         fail(
             f"x must be [..., D], D at least 1, in one of {', '.join(map(str, DTYPES))}, got "
-            f"{x.dtype} {list(x.shape)}"
+            f"{dtype} {list(shape)}"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype):
         fail(
-            f"residual must be {x.dtype} {list(x.shape)} like x, got {residual.dtype} "
+            f"residual must be {dtype} {list(shape)} like x, got {residual.dtype} "
             f"{list(residual.shape)}"
         )
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if weight.shape != x.shape[-1:] or weight.dtype not in (x.dtype, wide):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if weight.shape != shape[-1:] or weight.dtype not in (dtype, wide):
         fail(
-            f"weight must be {list(x.shape[-1:])} in {' or '.join({str(x.dtype), str(wide)})}, "
+            f"weight must be {list(shape[-1:])} in {' or '.join({str(dtype), str(wide)})}, "
             f"got {weight.dtype} {list(weight.shape)}"
         )
     if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype):
@@ -125,8 +126,9 @@ def add_layer_norm(
 
     Returns:
         x's shape, or [N, D] with indices; x's dtype, contiguous. Sums, and the sum of x and
-        residual, are taken in float32 (float64 for float64): the mean first, then the variance
-        around it. A row's result does not depend on the other rows, bit for bit.
+        residual, are taken in float32 (float64 for float64), the variance around the mean where
+        that is larger than the spread. A row's result does not depend on the other rows, bit for
+        bit.
 
     Raises:
         ValueError: a shape, dtype, device or impl that does not fit; on CPU also an index out of
