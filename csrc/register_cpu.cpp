@@ -36,8 +36,9 @@ using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 using Maybe = std::optional<Tensor>;
 Tensor low_rank_embedding(const Tensor&, const Tensor&, Maybe, const Tensor&, Maybe, int64_t, Maybe,
                           Maybe, Maybe, Maybe, int64_t, Maybe, Maybe, double);
-Tensors low_rank_embedding_grad(const Tensor&, const Tensor&, const Tensor&, Maybe, const Tensor&,
-                                Maybe, int64_t, int64_t, bool, bool, bool, bool, bool);
+std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_embedding_grad(
+    const Tensor&, const Tensor&, const Tensor&, Maybe, const Tensor&, Maybe, int64_t, int64_t,
+    bool, bool, bool, bool, bool);
 Tensors ragged_attention(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe,
                          Maybe, int64_t, double, int64_t, int64_t, int64_t, bool, bool);
 Tensors ragged_attention_grad(const Tensor&, Maybe, const Tensor&, const Tensor&, const Tensor&,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // low_rank_embedding and its gradient on CPU: ids grouped, pieces dealt to torch's thread pool.
-#include <cstring>
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,11 +16,13 @@ namespace {
 
 constexpr const char* kOp = "low_rank_embedding";
 constexpr int64_t kScratchBytes = 3 << 16;   // of rows one task makes: they stay in L2
+constexpr int64_t kGradBytes = 2 << 16;      // the same beside sums and gradients to come
 constexpr int64_t kMostRows = 96;
 constexpr int64_t kPackTask = 1 << 16;       // elements of the decoder
 constexpr int64_t kGroupedFlop = 2048;       // of a row: less costs no more than finding its copies
 constexpr int64_t kParts = 16;               // sums of the decoder's gradient made side by side
 constexpr int64_t kPartBytes = 1 << 26;      // of all of them
+constexpr int64_t kSumTask = 128;            // rows of codes or features
 constexpr int kActivations[] = {kIdentity, kRelu, kGelu, kElu};
 
 // Checked arguments; keeps alive what `p` points into.
@@ -91,8 +93,8 @@ struct Problem {
   }
 
   // Rows of a task: whole panels, that stay in L2.
-  int64_t task_rows() const {
-    const int64_t fit = kScratchBytes / (sizes.made_stride * wide_bytes) / sizes.panel_rows;
+  int64_t task_rows(int64_t bytes = kScratchBytes) const {
+    const int64_t fit = bytes / (sizes.made_stride * wide_bytes) / sizes.panel_rows;
     return std::min(kMostRows, std::max<int64_t>(fit, 1) * sizes.panel_rows);
   }
 
@@ -151,98 +153,120 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_embedding_grad(
+std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_embedding_grad(
     const Tensor& grad, const Tensor& ids, const Tensor& codes, Maybe scales,
     const Tensor& decoder, Maybe bias, int64_t activation, int64_t padding_idx, bool by_frequency,
     bool sparse, bool need_codes, bool need_decoder, bool need_bias) {
   Problem problem(ids, codes, scales, decoder, bias, activation);
   LowRank& p = problem.p;
+  const LowRankKernels& kernels = problem.kernels;
   const LowRankSizes& sizes = problem.sizes;
   const Rows in(grad, kOp);
   STD_TORCH_CHECK(in.cols == p.features && in.count == problem.ids.count &&
                       grad.scalar_type() == decoder.scalar_type() && !(scales && need_codes),
                   kOp, ": grad must have the shape and dtype of the rows, and int8 codes none");
+  const double flop = problem.flop(in.count) * (need_codes + need_decoder) +
+                      double(in.count) * p.features;
+  const int64_t threads = problem.threads_for(flop);
+
   Pieces& work = thread_pieces();
-  work.build(problem.ids, padding_idx);
+  void* grad_packed =
+      need_codes ? thread_scratch<2>(sizes.grad_packed * problem.wide_bytes) : nullptr;
+  void* packed = p.activation ? problem.pack_room() : nullptr;
+  const auto prepare = [&](int64_t i) {
+    if (i == 0) work.build(problem.ids, padding_idx);
+    if (i == 1 && need_codes) kernels.grad_pack(p, grad_packed);
+  };
+  if (p.activation) {
+    problem.pack_and(packed, threads, [&] { prepare(0), prepare(1); });
+  } else {
+    run_tasks(2, threads, prepare);
+  }
   p.pieces = work.pieces.data();
   p.positions = work.groups.positions.data();
-  const int64_t rows = work.count(), places = problem.ids.count;
+  const int64_t rows = work.count(), groups = work.groups.count(), rank = p.rank;
   std::vector<uint32_t> counts;
   if (by_frequency)
-    for (int64_t g = 0; g < work.groups.count(); ++g) {
+    for (int64_t g = 0; g < groups; ++g) {
       const uint32_t count = work.groups.begins[g + 1] - work.groups.begins[g];
       counts.insert(counts.end(), (count + Pieces::kMost - 1) / Pieces::kMost, count);
     }
-  const int64_t task_rows = problem.task_rows(), tiles = ceil_div(rows, task_rows);
+
+  const auto result = [&](bool needed, std::vector<int64_t> shape, bool zero) {
+    if (!needed) return torch::stable::new_empty(decoder, {0});
+    return zero ? torch::stable::new_zeros(decoder, shape)
+                : torch::stable::new_empty(decoder, shape);
+  };
+  const int64_t used = need_codes && sparse ? groups : 0;
+  Tensor which = torch::stable::new_empty(ids, {used}, ScalarType::Long);
+  Tensor d_codes = result(need_codes, {sparse ? groups : codes.size(0), rank}, !sparse);
+  Tensor d_decoder = result(need_decoder, {p.features, rank}, rows == 0);
+  Tensor d_bias = result(need_bias, {p.features}, rows == 0);
+  if (rows == 0) return {which, d_codes, d_decoder, d_bias};
 
   // Each part sums its tiles in order, and the parts are summed in order: what they are must not
   // depend on the number of threads.
-  const int64_t part_size = need_decoder ? p.features * sizes.padded_rank : 0;
+  const int64_t task_rows = problem.task_rows(kGradBytes), tiles = ceil_div(rows, task_rows);
+  const int64_t part_size = need_decoder ? rank * sizes.made_stride : 0;
   const int64_t room = kPartBytes / std::max<int64_t>(1, part_size * problem.wide_bytes);
-  const int64_t parts = std::min({std::max<int64_t>(tiles, 1), kParts, std::max<int64_t>(room, 2)});
-  const int64_t bias_size = need_bias ? sizes.made_stride : 0;
-  const auto zeros = [&](int64_t count) {
-    return std::vector<char>(size_t(count * problem.wide_bytes));
+  const int64_t parts = std::min({tiles, kParts, std::max<int64_t>(room, 2)});
+  const ScalarType wide = problem.dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const auto accumulators = [&](int64_t count) {
+    return torch::stable::new_empty(decoder, {count}, wide);
   };
-  std::vector<char> decoders = zeros(parts * part_size), biases = zeros(parts * bias_size);
-  std::vector<char> code_rows = zeros(need_codes ? rows * sizes.padded_rank : 0);
-  const auto at = [&](std::vector<char>& v, int64_t element) {
-    return v.empty() ? nullptr : v.data() + element * problem.wide_bytes;
+  Tensor decoders = accumulators(parts * part_size);
+  Tensor biases = accumulators(need_bias ? parts * sizes.made_stride : 0);
+  Tensor code_rows = accumulators(need_codes ? rows * sizes.padded_rank : 0);
+  const auto at = [&](const Tensor& t, int64_t element) {
+    return t.numel() ? static_cast<char*>(t.mutable_data_ptr()) + element * problem.wide_bytes
+                     : nullptr;
   };
   LowRankGrad g{in.tensor.const_data_ptr(), in.stride, by_frequency ? counts.data() : nullptr,
                 at(code_rows, 0)};
-  const double flop = problem.flop(rows) * (need_codes + need_decoder) + double(places) * p.features;
-  const int64_t threads = problem.threads_for(flop);
-  void *packed = nullptr, *grad_packed = nullptr;
-  if (need_codes) grad_packed = thread_scratch<2>(sizes.grad_packed * problem.wide_bytes);
-  const auto pack_for_codes = [&] {
-    if (need_codes) problem.kernels.grad_pack(p, grad_packed);
+  std::vector<uint32_t> firsts;  // pieces of the ids, in the order of rows of d_codes
+  const auto order = [&] {
+    for (int64_t i = 0; i < rows; ++i)
+      if (i == 0 || p.pieces[i].id != p.pieces[i - 1].id) firsts.push_back(uint32_t(i));
+    if (sparse)
+      std::sort(firsts.begin(), firsts.end(),
+                [&](uint32_t a, uint32_t b) { return p.pieces[a].id < p.pieces[b].id; });
   };
-  if (p.activation) {
-    packed = problem.pack_room();
-    problem.pack_and(packed, threads, pack_for_codes);
-  } else {
-    pack_for_codes();
-  }
-  run_tasks(parts, threads, [&](int64_t i) {
-    for (int64_t tile = tiles * i / parts; tile < tiles * (i + 1) / parts; ++tile) {
-      const int64_t begin = tile * task_rows, end = std::min(rows, begin + task_rows);
+  run_tasks(parts + need_codes, threads, [&](int64_t i) {
+    if (i == parts) return order();
+    const int64_t first = tiles * i / parts * task_rows;
+    const int64_t last = std::min(rows, tiles * (i + 1) / parts * task_rows);
+    for (int64_t begin = first; begin < last; begin += task_rows) {
+      const int64_t end = std::min(last, begin + task_rows);
       const size_t scratch = (end - begin) * sizes.grad_row_scratch + sizes.slack;
-      problem.kernels.grad(p, g, packed, grad_packed, begin, end, at(decoders, i * part_size),
-                           at(biases, i * bias_size),
-                           thread_scratch(scratch * problem.wide_bytes));
+      kernels.grad(p, g, packed, grad_packed, begin, end, std::min(last, end + task_rows),
+                   begin > first, at(decoders, i * part_size), at(biases, i * sizes.made_stride),
+                   thread_scratch(scratch * problem.wide_bytes));
     }
   });
 
-  const auto empty = [&](std::vector<int64_t> shape) {
-    return torch::stable::new_empty(decoder, shape);
-  };
-  Tensor d_codes = empty({0}), d_decoder = empty({0}), d_bias = empty({0});
-  const int64_t rank = p.rank, row_bytes = rank * decoder.element_size();
-  if (need_codes) {
-    d_codes = empty({sparse ? places : codes.size(0), rank});
-    char* to = static_cast<char*>(d_codes.mutable_data_ptr());
-    std::memset(to, 0, d_codes.numel() * decoder.element_size());
-    for (int64_t i = 0, first = 0; i < rows; ++i) {
-      if (p.pieces[i].id != p.pieces[first].id) first = i;
-      void* sum = at(code_rows, first * sizes.padded_rank);
-      if (i > first) problem.kernels.add(sum, at(code_rows, i * sizes.padded_rank), rank);
-      if (i + 1 < rows && p.pieces[i + 1].id == p.pieces[first].id) continue;
-      const int64_t row = sparse ? p.positions[p.pieces[first].begin] : p.pieces[first].id;
-      problem.kernels.sum(sum, 1, sizes.padded_rank, 1, rank, to + row * row_bytes);
+  const int64_t code_tasks = ceil_div(firsts.size(), kSumTask);
+  const int64_t decoder_tasks = need_decoder ? ceil_div(p.features, kSumTask) : 0;
+  run_tasks(code_tasks + decoder_tasks, threads, [&](int64_t task) {
+    if (task >= code_tasks) {
+      const int64_t begin = (task - code_tasks) * kSumTask;
+      kernels.sum_decoders(p, at(decoders, 0), parts, begin,
+                           std::min(p.features, begin + kSumTask), d_decoder.mutable_data_ptr());
+      return;
     }
-  }
-  if (need_decoder) {
-    d_decoder = empty({p.features, rank});
-    problem.kernels.sum(decoders.data(), parts, sizes.padded_rank, p.features, rank,
-                        d_decoder.mutable_data_ptr());
-  }
-  if (need_bias) {
-    d_bias = empty({p.features});
-    problem.kernels.sum(biases.data(), parts, sizes.made_stride, 1, p.features,
-                        d_bias.mutable_data_ptr());
-  }
-  return {d_codes, d_decoder, d_bias};
+    const int64_t end = std::min<int64_t>(groups, (task + 1) * kSumTask);
+    for (int64_t row = task * kSumTask; row < end; ++row) {
+      const int64_t first = firsts[row], id = p.pieces[first].id;
+      int64_t last = first + 1;
+      while (last < rows && p.pieces[last].id == id) ++last;
+      if (sparse) static_cast<int64_t*>(which.mutable_data_ptr())[row] = id;
+      kernels.sum(at(code_rows, first * sizes.padded_rank), last - first, sizes.padded_rank, rank,
+                  static_cast<char*>(d_codes.mutable_data_ptr()) +
+                      (sparse ? row : id) * rank * decoder.element_size());
+    }
+  });
+  if (need_bias)
+    kernels.sum(at(biases, 0), parts, sizes.made_stride, p.features, d_bias.mutable_data_ptr());
+  return {which, d_codes, d_decoder, d_bias};
 }
 
 }  // namespace lean_kernels

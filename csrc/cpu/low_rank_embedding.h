@@ -32,7 +32,7 @@ struct LowRankGrad {
 // In elements of accumulators.
 struct LowRankSizes {
   int64_t strips;       // the decoder is packed in
-  int64_t padded_rank;  // of gradients
+  int64_t padded_rank;  // of gradients of codes
   int64_t made_stride;  // from row to row of scratch
   size_t packed, grad_packed;
   // Scratch: of each piece, of each of its positions (`rows` alone), and once.
@@ -48,14 +48,16 @@ struct LowRankKernels {
   // Makes the rows of pieces [begin, end) and writes each to all its positions.
   void (*rows)(const LowRank&, const EmbeddingRows&, const void* packed, int64_t begin,
                int64_t end, void* scratch);
-  // Adds what pieces [begin, end) contribute to `decoder` [features, padded rank] and `bias`
-  // [made_stride], accumulators, null where not needed.
+  // What pieces [begin, end) contribute to `decoder` [rank, made_stride] and `bias` [made_stride],
+  // accumulators, null where not needed; `adds` keeps what they hold. Pieces [end, next) are next.
   void (*grad)(const LowRank&, const LowRankGrad&, const void* packed, const void* grad_packed,
-               int64_t begin, int64_t end, void* decoder, void* bias, void* scratch);
-  void (*add)(void* to, const void* from, int64_t count);  // accumulators
-  // to [rows, cols] = the sum of `count` blocks of accumulators [rows, stride].
-  void (*sum)(const void* blocks, int64_t count, int64_t stride, int64_t rows, int64_t cols,
-              void* to);
+               int64_t begin, int64_t end, int64_t next, bool adds, void* decoder, void* bias,
+               void* scratch);
+  // to [cols] = the sum of `count` rows of accumulators, `stride` apart.
+  void (*sum)(const void* rows, int64_t count, int64_t stride, int64_t cols, void* to);
+  // Features [begin, end) of to [features, rank] = the sum of `count` of what `grad` makes.
+  void (*sum_decoders)(const LowRank&, const void* decoders, int64_t count, int64_t begin,
+                       int64_t end, void* to);
 };
 
 }  // namespace lean_kernels

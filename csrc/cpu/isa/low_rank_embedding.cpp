@@ -13,6 +13,8 @@ namespace lean_kernels {
 namespace {
 
 constexpr int64_t kChain = 512;  // of float32 sums: rounding errors grow with the length of a chain
+constexpr int64_t kBlock = 128;  // features of the decoder that stay in L1
+constexpr int64_t kFetched = 96;  // rows of the gradient: they must fit L2
 
 template <class A>
 constexpr int64_t kLineOf = 64 / sizeof(A);
@@ -71,6 +73,46 @@ Tile<A> tile_for(int64_t rows) {
     return nullptr;
   } else {
     return rows == R ? tile_of<A, R, V> : tile_for<A, V, R - 1>(rows);
+  }
+}
+
+// The same with x [rows][depth], rows x_row apart.
+template <class A, int R, int V>
+void rows_tile_of(const A* x, int64_t x_row, const A* w, int64_t w_step, int64_t depth, bool adds,
+                  A* out, int64_t ldo) {
+  constexpr int W = kLanes<A>, kGroup = 3;  // rows that an address can tell apart
+  Vec<A> acc[R][V] = {};
+  const A* group[ceil_div(R, kGroup)];
+  for (int i = 0; i < ceil_div(R, kGroup); ++i) group[i] = x + i * kGroup * x_row;
+  for (int64_t k = 0; k < depth; ++k, w += w_step) {
+    Vec<A> wk[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) wk[v] = load(w + v * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const A xs = group[r / kGroup][r % kGroup * x_row + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += wk[v] * xs;
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      A* to = out + r * ldo + v * W;
+      store(to, adds ? acc[r][v] + load(to) : acc[r][v]);
+    }
+}
+
+template <class A>
+using RowsTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, bool, A*, int64_t);
+
+template <class A, int V, int R = kWideRows>
+RowsTile<A> rows_tile_for(int64_t rows) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    return rows == R ? rows_tile_of<A, R, V> : rows_tile_for<A, V, R - 1>(rows);
   }
 }
 
@@ -328,21 +370,6 @@ void grad_pack(const LowRank& p, void* packed) {
   }
 }
 
-// to [features][height] from rows [height, ld]; may write a vector past the end.
-template <class A>
-void transpose_rows(const A* rows, int64_t ld, int64_t height, int64_t features, A* to) {
-  constexpr int W = kLanes<A>;
-  for (int64_t c = 0; c < features; c += W)
-    for (int64_t at = (height - 1) / W * W; at >= 0; at -= W) {
-      Vec<A> v[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = load(rows + min_of(at + i, height - 1) * ld + c);
-      transpose<A>(v);
-      for (int i = 0; i < min_of<int64_t>(W, features - c); ++i)
-        store(to + (c + i) * height + at, v[i]);
-    }
-}
-
 template <int kActivation, class A>
 LK_INLINE void times_slope(A* sums, const A* before, int64_t ld) {
   constexpr int W = kLanes<A>;
@@ -364,13 +391,19 @@ void sum_places(const LowRank& p, const LowRankGrad& g, const A* packed, int64_t
   const int64_t ld = made_stride<A>(p.features);
   for (int64_t group = begin; group < end; ++group) {
     A* to = sums + (group - begin) * ld;
-    memset(to, 0, ld * sizeof(A));
+    bool first = true;
     each_place(p, group, [&](int64_t place) {
       const S* from = static_cast<const S*>(g.grad) + place * g.grad_stride;
-      sum_over<A>(p.features, [&](int64_t i, auto kind) {
-        return keep(to + i, read(kind, to + i) + read(kind, from + i));
-      });
+      const auto given = [&](int64_t i, auto kind) { return read(kind, from + i); };
+      const auto more = [&](int64_t i, auto kind) { return read(kind, to + i) + given(i, kind); };
+      if (first) {
+        write_row<false>(to, p.features, given);
+      } else {
+        write_row<false>(to, p.features, more);
+      }
+      first = false;
     });
+    memset(to + p.features, 0, (ld - p.features) * sizeof(A));
     if (g.count) {
       const A scale = A(1) / A(g.count[group]);
       for (int64_t i = 0; i < p.features; ++i) to[i] *= scale;
@@ -386,76 +419,123 @@ void sum_places(const LowRank& p, const LowRankGrad& g, const A* packed, int64_t
   }
 }
 
+// Brings rows of the gradient that are summed next into L2, a share of each while others are
+// multiplied.
+template <class S>
+struct Fetch {
+  Fetch(const LowRank& p, const LowRankGrad& g, int64_t begin, int64_t end)
+      : grad(static_cast<const S*>(g.grad)), stride(g.grad_stride) {
+    if (begin == end) return;
+    positions = p.positions + p.pieces[begin].begin;
+    count = min_of(int64_t(p.pieces[end - 1].end - p.pieces[begin].begin), kFetched);
+  }
+
+  void columns(int64_t begin, int64_t end) const {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = begin; c < end; c += 64 / sizeof(S))
+        __builtin_prefetch(grad + positions[i] * stride + c, 0, 2);
+  }
+
+ private:
+  const S* grad;
+  int64_t stride, count = 0;
+  const uint32_t* positions = nullptr;
+};
+
 template <class S, class C>
 void grad_of(const LowRank& p, const LowRankGrad& g, const void* packed, const void* grad_packed,
-             int64_t begin, int64_t end, void* decoder, void* bias, void* scratch) {
+             int64_t begin, int64_t end, int64_t next, bool adds, void* decoder, void* bias,
+             void* scratch) {
   using A = typename Accumulator<S>::type;
   constexpr int W = kLanes<A>, N = kStrip<A>;
   const int64_t ld = made_stride<A>(p.features), rank = padded_rank<A>(p.rank), rows = end - begin;
   A* sums = static_cast<A*>(scratch);
   A* before = sums + rows * ld;
   A* codes = before + (p.activation ? rows * ld : 0);
-  A* panel = codes + rows * rank;
-  sum_places<S, C>(p, g, static_cast<const A*>(packed), begin, end, sums, before, panel);
+  sum_places<S, C>(p, g, static_cast<const A*>(packed), begin, end, sums, before, codes);
   if (bias)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < ld; i += W) {
-        A* to = static_cast<A*>(bias) + i;
-        store(to, load(to) + load(sums + r * ld + i));
-      }
+    for (int64_t i = 0; i < ld; i += W) {
+      A* to = static_cast<A*>(bias) + i;
+      Vec<A> sum = adds ? load(to) : Vec<A>{};
+      for (int64_t r = 0; r < rows; ++r) sum += load(sums + r * ld + i);
+      store(to, sum);
+    }
   if (g.codes) {
     const Panels cut(rows, kWideRows);
-    for (int64_t i = 0, at = 0; i < cut.count; ++i) {
-      const int64_t height = cut.height + (i < cut.taller);
-      transpose_rows(sums + at * ld, ld, height, p.features, panel);
-      A* out = static_cast<A*>(g.codes) + (begin + at) * rank;
-      const A* w = static_cast<const A*>(grad_packed);
-      for (int64_t k = 0; k < rank; k += N, w += p.features * N) {
-        const bool wide = rank - k >= N;
-        multiply(wide ? tile_for<A, 2>(height) : tile_for<A, 1>(height), panel, height, w,
-                 wide ? N : W, p.features, static_cast<const A*>(nullptr), false, out + k, rank);
-      }
-      at += height;
+    const A* w = static_cast<const A*>(grad_packed);
+    for (int64_t k = 0; k < rank; k += N, w += p.features * N) {
+      const bool wide = rank - k >= N;
+      const int64_t strip = wide ? N : W;
+      // A block of the decoder stays in L1 for all rows.
+      for (int64_t o = 0; o < p.features; o += kBlock)
+        for (int64_t i = 0, at = 0; i < cut.count; ++i) {
+          const int64_t height = cut.height + (i < cut.taller);
+          const auto tile = wide ? rows_tile_for<A, 2>(height) : rows_tile_for<A, 1>(height);
+          tile(sums + at * ld + o, ld, w + o * strip, strip, min_of(kBlock, p.features - o), o > 0,
+               static_cast<A*>(g.codes) + (begin + at) * rank + k, rank);
+          at += height;
+        }
     }
   }
   if (decoder) {
     gather_rows<C>(p, begin, end, codes);
-    A* out = static_cast<A*>(decoder);
-    for (int64_t k = 0; k < rank; k += N)
-      for (int64_t o = 0; o < p.features; o += kWideRows) {
-        const int64_t height = min_of<int64_t>(kWideRows, p.features - o);
-        const bool wide = rank - k >= N;
-        multiply(wide ? tile_for<A, 2>(height) : tile_for<A, 1>(height), sums + o, ld, codes + k,
-                 rank, rows, static_cast<const A*>(nullptr), true, out + o * rank + k, rank);
+    const Panels cut(p.rank, kWideRows);
+    const Fetch<S> fetch(p, g, end, next);
+    for (int64_t o = 0; o < p.features; o += N) {
+      fetch.columns(o, min_of(o + N, p.features));
+      for (int64_t i = 0, k = 0; i < cut.count; ++i) {
+        const int64_t height = cut.height + (i < cut.taller);
+        multiply(tile_for<A, 2>(height), codes + k, rank, sums + o, ld, rows,
+                 static_cast<const A*>(nullptr), adds, static_cast<A*>(decoder) + k * ld + o, ld);
+        k += height;
       }
+    }
   }
 }
 
 template <class S>
 void grad(const LowRank& p, const LowRankGrad& g, const void* packed, const void* grad_packed,
-          int64_t begin, int64_t end, void* decoder, void* bias, void* scratch) {
-  if (p.scales)
-    return grad_of<S, int8_t>(p, g, packed, grad_packed, begin, end, decoder, bias, scratch);
-  return grad_of<S, S>(p, g, packed, grad_packed, begin, end, decoder, bias, scratch);
+          int64_t begin, int64_t end, int64_t next, bool adds, void* decoder, void* bias,
+          void* scratch) {
+  const auto of = p.scales ? grad_of<S, int8_t> : grad_of<S, S>;
+  of(p, g, packed, grad_packed, begin, end, next, adds, decoder, bias, scratch);
 }
 
 template <class S>
-void add(void* to, const void* from, int64_t count) {
+void sum(const void* rows, int64_t count, int64_t stride, int64_t cols, void* to) {
   using A = typename Accumulator<S>::type;
-  for (int64_t i = 0; i < count; ++i) static_cast<A*>(to)[i] += static_cast<const A*>(from)[i];
+  const A* from = static_cast<const A*>(rows);
+  write_row<false>(static_cast<S*>(to), cols, [&](int64_t i, auto kind) {
+    auto total = read(kind, from + i);
+    for (int64_t b = 1; b < count; ++b) total += read(kind, from + b * stride + i);
+    return total;
+  });
 }
 
 template <class S>
-void sum(const void* blocks, int64_t count, int64_t stride, int64_t rows, int64_t cols, void* to) {
+void sum_decoders(const LowRank& p, const void* blocks, int64_t count, int64_t begin, int64_t end,
+                  void* to) {
   using A = typename Accumulator<S>::type;
-  for (int64_t r = 0; r < rows; ++r) {
-    const A* from = static_cast<const A*>(blocks) + r * stride;
-    write_row<false>(static_cast<S*>(to) + r * cols, cols, [&](int64_t i, auto kind) {
-      auto total = read(kind, from + i);
-      for (int64_t b = 1; b < count; ++b) total += read(kind, from + b * rows * stride + i);
-      return total;
-    });
-  }
+  constexpr int W = kLanes<A>;
+  const int64_t ld = made_stride<A>(p.features), rank = p.rank;
+  for (int64_t o = begin; o < end; o += W)
+    for (int64_t k = 0; k < rank; k += W) {
+      Vec<A> v[W];
+      for (int i = 0; i < W; ++i) {
+        const A* from = static_cast<const A*>(blocks) + min_of(k + i, rank - 1) * ld + o;
+        v[i] = load(from);
+        for (int64_t b = 1; b < count; ++b) v[i] += load(from + b * rank * ld);
+      }
+      transpose<A>(v);
+      for (int i = 0; i < min_of<int64_t>(W, end - o); ++i) {
+        S* row = static_cast<S*>(to) + (o + i) * rank + k;
+        if (rank - k >= W) {
+          store_narrow(row, v[i]);
+        } else {
+          for (int64_t c = 0; c < rank - k; ++c) narrow(v[i][c], row + c);
+        }
+      }
+    }
 }
 
 template <class S>
@@ -468,16 +548,16 @@ LowRankSizes sizes(const LowRank& p) {
   s.packed = size_t(s.strips * kStrip<A> * p.rank);
   s.grad_packed = size_t(p.features * s.padded_rank);
   s.row_scratch = size_t(s.made_stride + p.rank);
-  s.grad_row_scratch = size_t((p.activation ? 2 : 1) * s.made_stride + s.padded_rank + p.rank);
+  s.grad_row_scratch = size_t((p.activation ? 2 : 1) * s.made_stride + s.padded_rank);
   s.position_scratch = sizeof(Copy<S, A>) / sizeof(A);
-  s.slack = size_t(s.made_stride + kWideRows * p.features + kLanes<A>);
+  s.slack = size_t(s.made_stride + kLanes<A>);
   s.panel_rows = kWideRows;
   return s;
 }
 
 template <class S>
 constexpr LowRankKernels low_rank_kernels() {
-  return {sizes<S>, pack<S>, grad_pack<S>, rows<S>, grad<S>, add<S>, sum<S>};
+  return {sizes<S>, pack<S>, grad_pack<S>, rows<S>, grad<S>, sum<S>, sum_decoders<S>};
 }
 
 }  // namespace

@@ -35,9 +35,12 @@ def _reference_grad(grad, ids, codes, scales, decoder, bias, activation, *option
 
 
 def _fake_grad(grad, ids, codes, scales, decoder, bias, activation, padding, freq, sparse, *need):
-    rows = ids.numel() if sparse else codes.shape[0]
+    used = 0
+    if need[0] and sparse:
+        used = torch.library.get_ctx().new_dynamic_size()
+    rows = used if sparse else codes.shape[0]
     shapes = ((rows, codes.shape[1]), decoder.shape, decoder.shape[:1])
-    return tuple(
+    return ids.new_empty(used, dtype=torch.int64), *(
         decoder.new_empty(shape if needed else (0,))
         for shape, needed in zip(shapes, need, strict=True)
     )
@@ -55,7 +58,7 @@ _forward = Kernel(
 _grad = Kernel(
     "low_rank_embedding_grad",
     f"(Tensor grad, Tensor ids, {_TABLE}, int padding_idx, bool by_frequency, bool sparse, "
-    "bool need_codes, bool need_decoder, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "bool need_codes, bool need_decoder, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_grad,
     fake=_fake_grad,
     triton=f"{_TRITON}:grad",
@@ -89,15 +92,14 @@ class _LowRankEmbedding(torch.autograd.Function):
         grads = (None,) * 3
         if any(need[:3]):
             kernel = _grad.of(ctx.impl, codes.device.type)
-            grads = kernel(
+            rows, *grads = kernel(
                 grad, ids, *table, -1 if padding_idx is None else padding_idx, by_frequency, sparse,
                 *need[:3],
             )  # fmt: skip
             grads = [g if n else None for g, n in zip(grads, need[:3], strict=True)]
             if need[0] and sparse:
-                places = ids.reshape(1, -1)
                 grads[0] = torch.sparse_coo_tensor(
-                    places, grads[0], codes.shape, check_invariants=False
+                    rows[None], grads[0], codes.shape, is_coalesced=True, check_invariants=False
                 )
         return (None,) * 4 + (*grads, *end_grads)
 
@@ -189,7 +191,8 @@ def low_rank_embedding(
             `ids`, tables [*, D] in the decoder's dtype. BERT's positions and token types.
         norm: RowNorm, applied last, or None.
         padding_idx, scale_grad_by_freq, sparse: as in torch.nn.functional.embedding, for the
-            gradients of codes, decoder and bias; `sparse` for that of codes alone.
+            gradients of codes, decoder and bias; `sparse` for that of codes alone, a coalesced
+            sparse COO tensor of the rows that occur. On CUDA their number is waited for.
         impl: "reference", "cpu", "triton", or None for the best one of the device.
 
     Returns:

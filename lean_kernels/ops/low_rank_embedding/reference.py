@@ -63,10 +63,10 @@ def grad(
     need_codes: bool,
     need_decoder: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of codes, decoder and bias; empty where not needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of the gradient of codes, gradients of codes, decoder and bias; empty where not needed.
 
-    With `sparse` that of codes is [places, rank]: those of one id add up to its gradient.
+    With `sparse` that of codes has the rows that occur, which are returned first, ascending.
     """
     ids, g = ids.reshape(-1).long(), _row_norm.wide(grad).reshape(-1, grad.shape[-1])
     rows = _codes(ids, codes, scales, g.dtype)
@@ -79,16 +79,18 @@ def grad(
     if activation is not None:
         g = g * SLOPES[activation](F.linear(rows, _row_norm.wide(decoder), _row_norm.wide(bias)))
     none = decoder.new_empty(0)
-    d_codes = none
+    d_codes, used = none, ids.new_empty(0)
     if need_codes:
-        d_codes = g @ _row_norm.wide(decoder)
-        if not sparse:
-            # Adds up in a fixed order on every device.
-            d_codes = torch.ops.aten.embedding_dense_backward(
-                d_codes, ids, codes.shape[0], -1, False
-            )
+        d_codes, at, total = g @ _row_norm.wide(decoder), ids, codes.shape[0]
+        if sparse:
+            kept = ids != padding_idx
+            used, at = ids[kept].unique(return_inverse=True)
+            d_codes, total = d_codes[kept], len(used)
+        # Adds up in a fixed order on every device.
+        d_codes = torch.ops.aten.embedding_dense_backward(d_codes, at, total, -1, False)
         d_codes = d_codes.to(decoder.dtype)
     return (
+        used,
         d_codes,
         (g.t() @ rows).to(decoder.dtype) if need_decoder else none,
         g.sum(0).to(decoder.dtype) if need_bias else none,

@@ -6,8 +6,8 @@ rows that it finishes itself; longer rows are finished by a second kernel. The g
 by the slope of the activation in the same kernel, then the codes' is a dense product of torch and
 the decoder's a product over gathered codes, in parts that are summed in a fixed order.
 
-Nothing here waits for the device. A row whose id is out of bounds comes out as NaN, and adds
-nothing to gradients.
+Nothing here waits for the device, but for the number of rows of a sparse gradient. A row whose id
+is out of bounds comes out as NaN, and adds nothing to gradients.
 """
 
 import torch
@@ -308,8 +308,8 @@ def grad(
     need_codes: bool,
     need_decoder: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of codes, decoder and bias; see `reference.grad`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of the gradient of codes, gradients of codes, decoder and bias: `reference.grad`."""
     _check(codes)
     features, rank = decoder.shape
     rows, places, dtype = codes.shape[0], ids.numel(), decoder.dtype
@@ -327,11 +327,15 @@ def grad(
         _launch_rows(ids, codes, scales, decoder, bias, activation, g, sloped, _NOTHING, False)
         g = sloped
     d_codes = d_decoder = d_bias = none
+    used = safe.new_empty(0)
     if need_codes:
         d_codes = torch.where(counted[:, None], (g @ decoder) * factor[:, None], 0)
-        if not sparse:
-            # Adds up in a fixed order.
-            d_codes = torch.ops.aten.embedding_dense_backward(d_codes, safe, rows, -1, False)
+        at, total = safe, rows
+        if sparse:
+            used, at = safe[counted].unique(return_inverse=True)
+            d_codes, total = d_codes[counted], len(used)
+        # Adds up in a fixed order.
+        d_codes = torch.ops.aten.embedding_dense_backward(d_codes, at, total, -1, False)
         d_codes = d_codes.to(dtype)
     if need_decoder:
         by_row = factor if scales is None else factor * scales.to(factor.dtype)[safe]
@@ -351,4 +355,4 @@ def grad(
         d_bias = (
             torch.where(counted[:, None], g.to(factor.dtype) * factor[:, None], 0).sum(0).to(dtype)
         )
-    return d_codes, d_decoder, d_bias
+    return used, d_codes, d_decoder, d_bias
