@@ -31,13 +31,20 @@ LK_INLINE V keep(A* p, V v) {
   return v;
 }
 
+// The sum of a vector's lanes, halves added to halves: in registers, since a row waits for it.
+template <int step, class A, int... lane>
+LK_INLINE A sum_lanes(Vec<A> v, std::integer_sequence<int, lane...> lanes) {
+  if constexpr (step == 0) {
+    return v[0];
+  } else {
+    return sum_lanes<step / 2, A>(v + __builtin_shufflevector(v, v, (lane ^ step)...), lanes);
+  }
+}
 template <class A>
 LK_INLINE A sum_lanes(const Vec<A> (&part)[4]) {
-  A lanes[kLanes<A>];
-  store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
-  for (int step = kLanes<A> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+  constexpr int W = kLanes<A>;
+  return sum_lanes<W / 2, A>((part[0] + part[1]) + (part[2] + part[3]),
+                             std::make_integer_sequence<int, W>());
 }
 
 struct FetchNothing {
