@@ -80,6 +80,18 @@ def test_large_outputs_past_the_caches():
 
 
 @needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("places", [300, 5000])
+@pytest.mark.parametrize("size", [(50, 8, 528), (3000, 75, 512), (40, 600, 528)], ids=str)
+def test_rows_are_copied_to_all_their_places(size, places, dtype):
+    p = problem(size, (places,), dtype, activation="relu")
+    p.ids[places // 2 :] = 7
+    check(p, "cpu")
+    rows = p.run()
+    assert same_bits(rows[p.ids == 7], rows[-1].expand(int((p.ids == 7).sum()), -1).contiguous())
+
+
+@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_depends_on_its_ids_alone(dtype):
     p = problem((300, 33, 160), (700,), dtype=dtype, activation="elu", norm="layer")

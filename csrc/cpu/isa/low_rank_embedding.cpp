@@ -33,11 +33,53 @@ int64_t padded_rank(int64_t rank) {
   return round_up(rank, kLanes<A>);
 }
 
+// A row that is made, and one of the places it goes to.
+template <class S, class A>
+struct Copy {
+  const A* from;
+  S* to;
+};
+
+// What a tile does besides: nothing.
+struct Idle {
+  LK_INLINE void step() {}
+  LK_INLINE void finish() {}
+};
+
+// What a tile does besides: copies of the strips before, spread over its depth. All at once they
+// fill the queue of stores, and the processor waits for memory.
+template <class A, bool streamed>
+struct Copies {
+  const Copy<A, A>* next = nullptr;
+  const Copy<A, A>* end = nullptr;
+  int64_t feature = 0, every = 0, wait = 0;
+
+  Copies() = default;
+  Copies(const Copy<A, A>* copies, int64_t count, int64_t o, int64_t depth)
+      : next(copies), end(copies + count), feature(o), every(std::max<int64_t>(depth / count, 1)),
+        wait(every) {}
+
+  LK_INLINE void copy() {
+    write_row<streamed>(next->to + feature, kStrip<A>,
+                        [&](int64_t c, auto kind) { return read(kind, next->from + c); });
+    ++next;
+  }
+  LK_INLINE void step() {
+    if (--wait != 0 || next == end) return;
+    wait = every;
+    copy();
+  }
+  LK_INLINE void finish() {
+    while (next != end) copy();
+  }
+};
+
 // out [R, V vectors] (+)= x w, x [depth][rows] of unit stride between rows, w [depth][V vectors].
-// The first `depth` starts from init, or from 0 without; `adds` keeps what out holds.
-template <class A, int R, int V>
+// The first `depth` starts from init, or from 0 without; `adds` keeps what out holds. `side` ends
+// before out is written.
+template <class A, int R, int V, class Side>
 void tile_of(const A* x, int64_t x_step, const A* w, int64_t w_step, int64_t depth, const A* init,
-             bool adds, A* out, int64_t ldo) {
+             bool adds, A* out, int64_t ldo, Side side) {
   constexpr int W = kLanes<A>;
   Vec<A> acc[R][V];
 #pragma GCC unroll 12
@@ -54,7 +96,9 @@ void tile_of(const A* x, int64_t x_step, const A* w, int64_t w_step, int64_t dep
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] += wk[v] * xs;
     }
+    side.step();
   }
+  side.finish();
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -64,15 +108,16 @@ void tile_of(const A* x, int64_t x_step, const A* w, int64_t w_step, int64_t dep
     }
 }
 
-template <class A>
-using Tile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const A*, bool, A*, int64_t);
+template <class A, class Side = Idle>
+using Tile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const A*, bool, A*, int64_t,
+                      Side);
 
-template <class A, int V, int R = kWideRows>
-Tile<A> tile_for(int64_t rows) {
+template <class A, int V, class Side = Idle, int R = kWideRows>
+Tile<A, Side> tile_for(int64_t rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    return rows == R ? tile_of<A, R, V> : tile_for<A, V, R - 1>(rows);
+    return rows == R ? tile_of<A, R, V, Side> : tile_for<A, V, Side, R - 1>(rows);
   }
 }
 
@@ -117,12 +162,13 @@ RowsTile<A> rows_tile_for(int64_t rows) {
 }
 
 // The same over any depth, in chains.
-template <class A>
-LK_INLINE void multiply(Tile<A> tile, const A* x, int64_t x_step, const A* w, int64_t w_step,
-                        int64_t depth, const A* init, bool adds, A* out, int64_t ldo) {
-  for (int64_t k = 0; k < depth; k += kChain, init = nullptr, adds = true)
+template <class A, class Side = Idle>
+LK_INLINE void multiply(Tile<A, Side> tile, const A* x, int64_t x_step, const A* w, int64_t w_step,
+                        int64_t depth, const A* init, bool adds, A* out, int64_t ldo,
+                        Side side = {}) {
+  for (int64_t k = 0; k < depth; k += kChain, init = nullptr, adds = true, side = {})
     tile(x + k * x_step, x_step, w + k * w_step, w_step, min_of(kChain, depth - k), init, adds, out,
-         ldo);
+         ldo, side);
 }
 
 template <class A, class C>
@@ -225,13 +271,13 @@ void pack(const LowRank& p, int64_t begin, int64_t end, void* packed) {
 
 // activation(codes decoderᵀ + bias) of pieces [begin, end), a tile [height, kStrip] at a time: that of
 // pieces from begin + at on and features from o on goes to out(at, o), its rows ld apart, and
-// done(at, height, o) is called.
-template <class S, class C, class A, class Out, class Done>
+// done(at, height, o) is called. What that leaves in `side` is done along with the next tile.
+template <class S, class C, class A, class Side, class Out, class Done>
 LK_INLINE void make_tiles(const LowRank& p, int activation, const A* packed, int64_t begin,
-                          int64_t end, A* panels, int64_t ld, Out out, Done done) {
+                          int64_t end, A* panels, int64_t ld, Side& side, Out out, Done done) {
   constexpr int N = kStrip<A>;
   const Panels cut(end - begin, kWideRows);
-  const Tile<A> taller = tile_for<A, 2>(cut.height + 1), rest = tile_for<A, 2>(cut.height);
+  const auto taller = tile_for<A, 2, Side>(cut.height + 1), rest = tile_for<A, 2, Side>(cut.height);
   const auto each_panel = [&](auto f) {
     for (int64_t i = 0, at = 0; i < cut.count; ++i) {
       const int64_t height = cut.height + (i < cut.taller);
@@ -239,7 +285,7 @@ LK_INLINE void make_tiles(const LowRank& p, int activation, const A* packed, int
       at += height;
     }
   };
-  each_panel([&](int64_t at, int64_t height, Tile<A>) {
+  each_panel([&](int64_t at, int64_t height, Tile<A, Side>) {
     gather_panel<C>(p, begin + at, height, end, panels + at * p.rank);
   });
   for (int64_t o = 0; o < p.features; o += N, packed += p.rank * N) {
@@ -247,13 +293,14 @@ LK_INLINE void make_tiles(const LowRank& p, int activation, const A* packed, int
     if (p.bias)
       for (int64_t c = 0; c < min_of<int64_t>(N, p.features - o); ++c)
         bias[c] = widen(static_cast<const S*>(p.bias)[o + c]);
-    each_panel([&](int64_t at, int64_t height, Tile<A> tile) {
+    each_panel([&](int64_t at, int64_t height, Tile<A, Side> tile) {
       A* to = out(at, o);
-      multiply(tile, panels + at * p.rank, height, packed, N, p.rank, bias, false, to, ld);
+      multiply(tile, panels + at * p.rank, height, packed, N, p.rank, bias, false, to, ld, side);
       if (activation) finish<A, A>(activation, to, ld, int(height), N, nullptr, 0, to, ld);
       done(at, height, o);
     });
   }
+  side.finish();
 }
 
 // made [end - begin, made_stride] = the rows of pieces [begin, end).
@@ -261,8 +308,9 @@ template <class S, class C, class A>
 void make_rows(const LowRank& p, int activation, const A* packed, int64_t begin, int64_t end,
                A* made, A* panels) {
   const int64_t ld = made_stride<A>(p.features);
+  Idle side;
   make_tiles<S, C>(
-      p, activation, packed, begin, end, panels, ld,
+      p, activation, packed, begin, end, panels, ld, side,
       [&](int64_t at, int64_t o) { return made + at * ld + o; },
       [](int64_t, int64_t, int64_t) {});
 }
@@ -272,13 +320,6 @@ LK_INLINE void each_place(const LowRank& p, int64_t piece, F f) {
   const uint32_t end = p.pieces[piece].end;
   for (uint32_t at = p.pieces[piece].begin; at < end; ++at) f(p.positions ? p.positions[at] : at);
 }
-
-// A row that is made, and one of the places it goes to.
-template <class S, class A>
-struct Copy {
-  const A* from;
-  S* to;
-};
 
 template <bool streamed, class S, class A>
 LK_INLINE void copy_all(const Copy<S, A>* copies, int64_t count, int64_t o, int64_t features) {
@@ -304,17 +345,22 @@ void plain_rows(const LowRank& p, const EmbeddingRows& end_of_row, const A* pack
       copies[i++] = {made + (g - begin) * N,
                      static_cast<S*>(end_of_row.out) + place * end_of_row.stride};
     });
+  constexpr bool kBesides = std::is_same_v<S, A>;
+  std::conditional_t<kBesides, Copies<A, streamed>, Idle> side;
   make_tiles<S, C>(
-      p, p.activation, packed, begin, end, panels, N,
+      p, p.activation, packed, begin, end, panels, N, side,
       [&](int64_t at, int64_t) { return made + at * N; },
       [&](int64_t at, int64_t height, int64_t o) {
         const Piece* piece = p.pieces + begin + at;
         const auto* from = copies + (piece->begin - first);
         const int64_t count = piece[height - 1].end - piece->begin;
-        if (p.features - o >= N) {
-          copy_all<streamed>(from, count, o, N);
-        } else {
+        if constexpr (kBesides) side = {};
+        if (p.features - o < N) {
           copy_all<streamed>(from, count, o, p.features - o);
+        } else if constexpr (kBesides) {
+          side = {from, count, o, min_of(kChain, p.rank)};
+        } else {
+          copy_all<streamed>(from, count, o, N);
         }
       });
 }

@@ -59,11 +59,12 @@ LK_INLINE Terms<A, count> sums_over(int64_t features, F terms, Fetch fetch = {})
   for (; i + W <= features; i += W) add(0, terms(i, Vec<A>{}));
   Terms<A, count> sums;
 #pragma GCC unroll 2
-  for (int n = 0; n < count; ++n) sums.of[n] = sum_of_lanes<A>((part[n][0] + part[n][1]) + (part[n][2] + part[n][3]));
+  for (int n = 0; n < count; ++n)
+    sums.of[n] = sum_of_lanes<A>((part[n][0] + part[n][1]) + (part[n][2] + part[n][3]));
   for (; i < features; ++i) {
     const Terms<A, count> t = terms(i, A{});
-  #pragma GCC unroll 2
-  for (int n = 0; n < count; ++n) sums.of[n] += t.of[n];
+#pragma GCC unroll 2
+    for (int n = 0; n < count; ++n) sums.of[n] += t.of[n];
   }
   return sums;
 }
