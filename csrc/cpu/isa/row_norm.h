@@ -31,13 +31,23 @@ LK_INLINE V keep(A* p, V v) {
   return v;
 }
 
+// Lane 0 of v after it is added to itself by halves.
+template <int step, class A, int... lane>
+LK_INLINE A fold_lanes(Vec<A> v, std::integer_sequence<int, lane...> lanes) {
+  constexpr int W = sizeof...(lane);
+  v += __builtin_shufflevector(v, v, ((lane + step) % W)...);
+  if constexpr (step > 1) {
+    return fold_lanes<step / 2, A>(v, lanes);
+  } else {
+    return v[0];
+  }
+}
+
 template <class A>
 LK_INLINE A sum_lanes(const Vec<A> (&part)[4]) {
-  A lanes[kLanes<A>];
-  store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
-  for (int step = kLanes<A> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+  constexpr int W = kLanes<A>;
+  return fold_lanes<W / 2, A>((part[0] + part[1]) + (part[2] + part[3]),
+                              std::make_integer_sequence<int, W>());
 }
 
 struct FetchNothing {
