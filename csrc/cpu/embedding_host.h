@@ -23,7 +23,8 @@ struct Ids {
   int64_t count;
 
   Ids(const Tensor& t, int64_t rows, const char* op, const char* label)
-      : tensor(as_contiguous(t)), wide(t.scalar_type() == ScalarType::Long), count(t.numel()) {
+      : tensor(as_contiguous(t)), wide(t.scalar_type() == ScalarType::Long), count(t.numel()),
+        data_(tensor.const_data_ptr()) {
     STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, op, ": ", label,
                     " must be int32 or int64");
     STD_TORCH_CHECK(count < int64_t(1) << 31, op, ": at most 2^31 - 1 ", label, ", got ", count);
@@ -32,16 +33,18 @@ struct Ids {
                     rows, ")");
   }
 
-  const void* data() const { return tensor.const_data_ptr(); }
+  const void* data() const { return data_; }
   int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data())[i] : static_cast<const int32_t*>(data())[i];
+    return wide ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
   }
 
  private:
+  const void* data_;  // torch is called for it, which is too slow for every id
+
   // A negative id becomes a huge one.
   template <class T, class U>
   uint64_t largest_of() const {
-    const T* ids = static_cast<const T*>(data());
+    const T* ids = static_cast<const T*>(data_);
     U largest = 0;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, U(ids[i]));
     return largest;

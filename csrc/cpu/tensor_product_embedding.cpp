@@ -193,15 +193,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad
     const auto add_grouped = [&](int64_t keyed, const auto& key, const Tensor& from, const Tensor& to,
                                  int64_t length) {
       same.build(keyed, key);
+      const char* source = static_cast<const char*>(from.const_data_ptr());
+      char* sums = static_cast<char*>(to.mutable_data_ptr());
       const int64_t columns = ceil_div(length, kColumns), groups = ceil_div(same.count(), kTaskPieces);
       run_tasks(groups * columns, threads, [&](int64_t task) {
         const int64_t column = task % columns * kColumns, g = task / columns * kTaskPieces;
         for (int64_t i = g; i < std::min(g + kTaskPieces, same.count()); ++i)
-          kernels.add_rows(
-              static_cast<const char*>(from.const_data_ptr()) + column * itemsize,
-              same.positions.data() + same.begins[i], same.begins[i + 1] - same.begins[i], length,
-              std::min(kColumns, length - column),
-              static_cast<char*>(to.mutable_data_ptr()) + (same.keys[i] * length + column) * itemsize);
+          kernels.add_rows(source + column * itemsize, same.positions.data() + same.begins[i],
+                           same.begins[i + 1] - same.begins[i], length,
+                           std::min(kColumns, length - column),
+                           sums + (same.keys[i] * length + column) * itemsize);
       });
     };
     add_grouped(count * p.order, [&](int64_t slot) {
