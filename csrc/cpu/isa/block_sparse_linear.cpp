@@ -64,7 +64,7 @@ size_t product_scratch(const Product& p, int64_t rows) {
 
 template <class S>
 constexpr BlockSparseKernels block_sparse_kernels() {
-  return {product_rows<S>, product_scratch<S>, product<S>, outer_pack<S>, outer<S>};
+  return {product_rows<S>, product_scratch<S>, product<S>, outer_scratch<S>, outer<S>};
 }
 
 }  // namespace
