@@ -88,7 +88,13 @@ int64_t split_groups(const BlockMatrix& w, int64_t i, int64_t parts) {
       high = middle;
     }
   }
-  return i == parts ? w.groups : low;
+  return low > 0 && target - work(low - 1) < work(low) - target ? low - 1 : low;
+}
+
+// Threads for some work, when two are worth it from `serial` on.
+int64_t threads_for(double flop, double serial) {
+  if (flop < serial) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(2 * flop / serial));
 }
 
 void run_product(const Product& p, const BlockSparseKernels& kernels) {
@@ -97,7 +103,7 @@ void run_product(const Product& p, const BlockSparseKernels& kernels) {
   const int64_t weights = p.w.ptr[p.w.groups] * p.w.block_in * p.w.block_out;
   const double flop = 2.0 * std::max<int64_t>(p.rows, split.per_weight) * weights +
                       16.0 * p.rows * p.out_features;
-  const int64_t threads = flop < split.serial ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = threads_for(flop, split.serial);
   const int64_t unit = split.unit, units = ceil_div(p.rows, unit);
   int64_t chunks = ceil_div(p.rows, split.most / unit * unit);
   if (chunks > threads) {
@@ -295,7 +301,7 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
                        block_out,                 block_in,
                        out_stride,                in_stride};
     const double flop = 2.0 * g.count * pattern.nnz * block_out * block_in;
-    const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
+    const int64_t threads = threads_for(flop, kSerialFlop);
     const int64_t parts = std::min(pattern.nnz, threads);
     run_tasks(parts, threads, [&](int64_t i) {
       kernels.outer(p, pattern.nnz * i / parts, pattern.nnz * (i + 1) / parts,

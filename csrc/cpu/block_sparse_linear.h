@@ -55,7 +55,7 @@ struct BlockOuter {
   int64_t out_stride, in_stride;  // of an element within its contiguous block
 };
 
-constexpr double kSerialFlop = 5e5;  // below this a second thread costs more than it brings
+constexpr double kSerialFlop = 3e5;  // below this a second thread costs more than it brings
 
 // How the rows of a product are best cut into tasks.
 struct RowSplit {

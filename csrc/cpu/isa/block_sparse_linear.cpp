@@ -48,7 +48,9 @@ RowSplit product_rows(const Product& p) {
   constexpr int W = kLanes<typename Accumulator<S>::type>;
   const Nest nest = nest_of<S>(p);
   if (nest == kColumns) return {W, 128, 128};
-  return {nest == kLanesOut ? 1 : W, 72, 24};
+  if (nest == kFewOutputs) return {W, 72, 24};
+  if (weights_are_near<S>(p) && !packs_blocks<S>(p)) return {1, 36, 8};
+  return {1, 72, 24};
 }
 
 template <class S>
