@@ -77,6 +77,8 @@ class Kernel:
 
     def of(self, impl: Impl | None, device: str) -> Callable:
         """What to call for a resolved `impl` on a type of device."""
+        if impl is None:
+            return self._best
         if impl is Impl.REFERENCE:
             return self._reference
         # torch.compile sees through the registered op alone: on CUDA mostly the Triton kernel.

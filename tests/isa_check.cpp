@@ -231,7 +231,6 @@ template <class S>
 void check_outer(const BlockSparseKernels& kernels, const std::string& name, double limit,
                  int64_t bo, int64_t bi) {
   using A = std::conditional_t<sizeof(S) == 8, double, float>;
-  constexpr int64_t kPanelRows = 32;
   Group group{name + " outer", limit};
   for (int variant = 0; variant < 4; ++variant)
     for (int64_t rows : {1, 7, 75}) {
@@ -243,21 +242,17 @@ void check_outer(const BlockSparseKernels& kernels, const std::string& name, dou
       const Values x = random_rows<S>(rows, m.in_features, ldx);
       const Guarded<S> g(grad), in(x);
       const Guarded<A> out(m.blocks.size());
-      const int64_t most = std::min(rows, kPanelRows);
-      const Guarded<A> grad_panels(most * m.groups * bo), x_panels(most * m.inputs * bi);
       BlockOuter p{};
       p.grad = g.data(), p.ldg = ldg, p.out_features = m.out_features;
       p.x = in.data(), p.ldx = ldx, p.in_features = m.in_features, p.rows = rows;
-      p.ptr = m.ptr.data(), p.index = m.index.data(), p.groups = m.groups, p.inputs = m.inputs;
+      p.ptr = m.ptr.data(), p.index = m.index.data();
       p.block_out = bo, p.block_in = bi, p.out_stride = out_stride, p.in_stride = in_stride;
-      p.out = out.data(), p.grad_panels = grad_panels.data(), p.x_panels = x_panels.data();
-      for (; p.panel_begin < rows; p.panel_begin += kPanelRows) {
-        p.panel_rows = std::min(kPanelRows, rows - p.panel_begin);
-        kernels.outer_pack(p, 0, m.groups + 1);
-        kernels.outer_pack(p, m.groups + 1, m.groups + m.inputs);
-        for (int64_t group = 0; group < m.groups; ++group)
-          kernels.outer(p, m.ptr[group], m.ptr[group + 1], group);
-      }
+      p.out = out.data();
+      const Guarded<char> scratch(int64_t(kernels.outer_scratch(p)));
+      // Tasks may begin within a group.
+      const int64_t entries = m.ptr[m.groups], half = entries / 2;
+      if (half > 0) kernels.outer(p, 0, half, scratch.data());
+      if (half < entries) kernels.outer(p, half, entries, scratch.data());
       Values got, expected;
       for (int64_t gr = 0; gr < m.groups; ++gr)
         for (int64_t e = m.ptr[gr]; e < m.ptr[gr + 1]; ++e)

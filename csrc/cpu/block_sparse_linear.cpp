@@ -13,7 +13,6 @@ namespace lean_kernels {
 namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
-constexpr int64_t kOuterRows = 128;    // rows per pass of the weight gradient
 // Larger weights are not real, and could overflow the sizes computed from them.
 constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
 constexpr int64_t kMostBlockColumns = 0x7fffffff;  // what int32 indices can name
@@ -89,7 +88,13 @@ int64_t split_groups(const BlockMatrix& w, int64_t i, int64_t parts) {
       high = middle;
     }
   }
-  return i == parts ? w.groups : low;
+  return low > 0 && target - work(low - 1) < work(low) - target ? low - 1 : low;
+}
+
+// Threads for some work, when two are worth it from `serial` on.
+int64_t threads_for(double flop, double serial) {
+  if (flop < serial) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(2 * flop / serial));
 }
 
 void run_product(const Product& p, const BlockSparseKernels& kernels) {
@@ -98,7 +103,7 @@ void run_product(const Product& p, const BlockSparseKernels& kernels) {
   const int64_t weights = p.w.ptr[p.w.groups] * p.w.block_in * p.w.block_out;
   const double flop = 2.0 * std::max<int64_t>(p.rows, split.per_weight) * weights +
                       16.0 * p.rows * p.out_features;
-  const int64_t threads = flop < split.serial ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = threads_for(flop, split.serial);
   const int64_t unit = split.unit, units = ceil_div(p.rows, unit);
   int64_t chunks = ceil_div(p.rows, split.most / unit * unit);
   if (chunks > threads) {
@@ -120,8 +125,17 @@ void run_product(const Product& p, const BlockSparseKernels& kernels) {
   });
 }
 
-// [..., features] like x [..., cols], contiguous. Not stable::new_empty, which finds the operator by
-// its name on each call.
+// Not stable::new_empty, which finds the operator by its name on each call.
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// [..., features] like x [..., cols], contiguous.
 Tensor output_like(const Tensor& x, int64_t features) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
   sizes.back() = features;
@@ -130,11 +144,7 @@ Tensor output_like(const Tensor& x, int64_t features) {
     strides[d] = stride;
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &y));
-  return Tensor(y);
+  return empty_strided(sizes, strides, dtype);
 }
 
 // activation(x Wᵀ + bias) + residual; what differs by the kind of weight is in `matrix` and `scales`.
@@ -273,63 +283,32 @@ Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
   const int64_t block_cols = ceil_div(in.cols, block_in);
   const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
   const Dtype dtype = dtype_of(x, kOp);
-  const ScalarType wide = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
   // The memory order of bsr.blocks_empty: outputs fastest where the forward kernel reads them so.
   const bool out_fastest = block_out % 16 == 0;
-  Tensor out = torch::stable::new_empty(x, {pattern.nnz, out_fastest ? block_in : block_out,
-                                            out_fastest ? block_out : block_in}, wide);
+  const int64_t out_stride = out_fastest ? 1 : block_in, in_stride = out_fastest ? block_out : 1;
+  Tensor out = empty_strided({pattern.nnz, block_out, block_in},
+                             {block_out * block_in, out_stride, in_stride},
+                             dtype == kFloat64 ? aoti_torch_dtype_float64()
+                                               : aoti_torch_dtype_float32());
   if (g.count == 0) torch::stable::zero_(out);
   if (g.count > 0 && pattern.nnz > 0) {
     const BlockSparseKernels& kernels = cpu_kernels().block_sparse[dtype];
-    const int64_t rows = std::min(g.count, kOuterRows), width = dtype == kFloat64 ? 8 : 4;
-    const int64_t grad_width = pattern.groups * block_out, x_width = block_cols * block_in;
-    char* panels = static_cast<char*>(thread_scratch(rows * (grad_width + x_width) * width));
-    BlockOuter p{g.tensor.const_data_ptr(),
-                 in.tensor.const_data_ptr(),
-                 out.mutable_data_ptr(),
-                 g.stride,
-                 in.stride,
-                 g.count,
-                 in.cols,
-                 g.cols,
-                 pattern.ptr,
-                 pattern.index,
-                 pattern.groups,
-                 block_cols,
-                 block_out,
-                 block_in,
-                 out_fastest ? 1 : block_in,
-                 out_fastest ? block_out : 1,
-                 panels,
-                 panels + rows * grad_width * width,
-                 0,
-                 rows};
+    const BlockOuter p{g.tensor.const_data_ptr(), in.tensor.const_data_ptr(),
+                       out.mutable_data_ptr(),    g.stride,
+                       in.stride,                 g.count,
+                       in.cols,                   g.cols,
+                       pattern.ptr,               pattern.index,
+                       block_out,                 block_in,
+                       out_stride,                in_stride};
     const double flop = 2.0 * g.count * pattern.nnz * block_out * block_in;
-    const int64_t threads = flop < kSerialFlop ? 1 : torch::stable::get_num_threads();
-    const int64_t all = pattern.groups + block_cols;
-    const int64_t pack_parts = std::min(all, threads * 4);
-    const int64_t parts = std::min(pattern.nnz, threads * 8);
-    for (; p.panel_begin < g.count; p.panel_begin += rows) {
-      p.panel_rows = std::min(rows, g.count - p.panel_begin);
-      run_tasks(pack_parts, threads, [&](int64_t i) {
-        kernels.outer_pack(p, all * i / pack_parts, all * (i + 1) / pack_parts);
-      });
-      run_tasks(parts, threads, [&](int64_t i) {
-        int64_t e = pattern.nnz * i / parts;
-        const int64_t end = pattern.nnz * (i + 1) / parts;
-        int64_t group =
-            std::upper_bound(pattern.ptr, pattern.ptr + pattern.groups + 1, int32_t(e)) -
-            pattern.ptr - 1;
-        for (; e < end; ++group) {
-          const int64_t stop = std::min<int64_t>(end, pattern.ptr[group + 1]);
-          if (stop > e) kernels.outer(p, e, stop, group);
-          e = std::max(e, stop);
-        }
-      });
-    }
+    const int64_t threads = threads_for(flop, kSerialFlop);
+    const int64_t parts = std::min(pattern.nnz, threads);
+    run_tasks(parts, threads, [&](int64_t i) {
+      kernels.outer(p, pattern.nnz * i / parts, pattern.nnz * (i + 1) / parts,
+                    thread_scratch(kernels.outer_scratch(p)));
+    });
   }
-  if (dtype != kFloat32 && dtype != kFloat64) out = torch::stable::to(out, x.scalar_type());
-  return out_fastest ? torch::stable::transpose(out, 1, 2) : out;
+  return dtype == kFloat32 || dtype == kFloat64 ? out : torch::stable::to(out, x.scalar_type());
 }
 
 }  // namespace lean_kernels

@@ -51,16 +51,11 @@ struct BlockOuter {
   int64_t rows, in_features, out_features;
   const int32_t* ptr;
   const int32_t* index;
-  int64_t groups, inputs;  // block rows and block columns
   int64_t block_out, block_in;
   int64_t out_stride, in_stride;  // of an element within its contiguous block
-  // Panels of the current rows: [groups][panel_rows][block_out] and [inputs][panel_rows][block_in].
-  void* grad_panels;
-  void* x_panels;
-  int64_t panel_begin, panel_rows;
 };
 
-constexpr double kSerialFlop = 5e5;  // below this a second thread costs more than it brings
+constexpr double kSerialFlop = 3e5;  // below this a second thread costs more than it brings
 
 // How the rows of a product are best cut into tasks.
 struct RowSplit {
@@ -76,8 +71,8 @@ struct BlockSparseKernels {
   RowSplit (*product_rows)(const Product&);
   size_t (*product_scratch)(const Product&, int64_t rows);  // bytes for a task of that many rows
   void (*product)(const Product&, const Range&, void* scratch);
-  void (*outer_pack)(const BlockOuter&, int64_t begin, int64_t end);  // panels, grad first, then x
-  void (*outer)(const BlockOuter&, int64_t entry_begin, int64_t entry_end, int64_t group);
+  size_t (*outer_scratch)(const BlockOuter&);  // bytes for a task
+  void (*outer)(const BlockOuter&, int64_t entry_begin, int64_t entry_end, void* scratch);
 };
 
 }  // namespace lean_kernels

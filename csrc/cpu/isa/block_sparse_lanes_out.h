@@ -25,8 +25,22 @@ constexpr int64_t kMostAhead = 2 * kStep;
 // Memory wanted later, of which each step of a tile asks for some lines: all at once would leave
 // its own loads waiting.
 struct Ahead {
-  const char* at = nullptr;
+  const char* weights = nullptr;
   int64_t lines = 0;
+  // Rows of the next tile, each of so many bytes; strides in bytes too.
+  const char *y = nullptr, *residual = nullptr;
+  int64_t ldy = 0, ldr = 0, width = 0, rows = 0, rows_per_step = 0;
+
+  LK_INLINE void ask_rows() {
+    for (int64_t r = 0; r < rows_per_step && rows > 0; ++r, --rows, y += ldy) {
+#pragma GCC unroll 1
+      for (int64_t at = 0; at < width; at += 64) __builtin_prefetch(y + at, 1);
+      if (!residual) continue;
+#pragma GCC unroll 1
+      for (int64_t at = 0; at < width; at += 64) __builtin_prefetch(residual + at);
+      residual += ldr;
+    }
+  }
 };
 
 // Inputs one chain of float32 sums runs over before it is added to the total: rounding errors of
@@ -38,11 +52,13 @@ constexpr int64_t kChainInputs = 1024;
 template <class M, int R, int V, int D, bool kOneInput, class A = typename M::A,
           class P = typename M::P>
 void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out, int64_t ldo,
-                    Ahead ahead) {
+                    Ahead& ahead) {
   constexpr int W = kLanes<A>, kChain = kChainInputs / M::kInputs, kUnrolled = D > 1 ? kStep : 1;
   const int64_t block_in = kOneInput ? 1 : e.block_in;
   const int64_t w_in = e.w_in;
   const int64_t chain = kChain > block_in ? kChain / block_in : 1;
+  const char* weights = ahead.weights;
+  const int64_t lines = ahead.lines;
   int64_t i = 0;
   do {
     Vec<A> acc[R][V];
@@ -67,8 +83,8 @@ void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out,
             for (int at = 0; at < R * kStep; at += 64 / sizeof(P)) __builtin_prefetch(next + at);
             next += R * kStep;
 #pragma GCC unroll 1
-            for (int64_t l = 0; l < ahead.lines; ++l, ahead.at += 64)
-              __builtin_prefetch(ahead.at, 0, 2);
+            for (int64_t l = 0; l < lines; ++l, weights += 64) __builtin_prefetch(weights, 0, 2);
+            if (ahead.rows > 0) ahead.ask_rows();
           }
 #pragma GCC unroll 8
           for (int d = 0; d < kUnrolled; ++d) {
@@ -92,11 +108,12 @@ void tile_lanes_out(const Entries<P>& e, const P* x, const Vec<A>* init, A* out,
         store(to, first ? acc[r][v] : acc[r][v] + load(to));
       }
   } while (i < e.count);
+  ahead.weights = weights;
 }
 
 template <class M>
 using TileLanesOut = void (*)(const Entries<typename M::P>&, const typename M::P*,
-                              const Vec<typename M::A>*, typename M::A*, int64_t, Ahead);
+                              const Vec<typename M::A>*, typename M::A*, int64_t, Ahead&);
 
 template <class M, int V, int D, bool kOneInput, int R>
 TileLanesOut<M> tile_of_height(int64_t rows) {
@@ -119,6 +136,13 @@ bool packs_blocks(const Product& p) {
   return sizeof(S) != sizeof(typename Accumulator<S>::type) || p.w.out_stride != 1;
 }
 
+// Whether every core keeps all weights in its L2.
+template <class S>
+bool weights_are_near(const Product& p) {
+  constexpr int64_t kNearBytes = 512 << 10;
+  return p.w.ptr[p.w.groups] * p.w.block_out * p.w.block_in * int64_t(sizeof(S)) <= kNearBytes;
+}
+
 // Elements of scratch: panels of x, and a group's packed weights.
 template <class S>
 int64_t lanes_out_scratch(const Product& p, int64_t rows) {
@@ -136,7 +160,7 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
   const int64_t block_in = w.block_in / M::kInputs, inputs = padded_inputs(p) / M::kInputs;
   const int64_t rows = t.row_end - t.row_begin;
   const Panels panels(rows, kMaxRows);
-  const bool packs = packs_blocks<S>(p);
+  const bool packs = packs_blocks<S>(p), near = weights_are_near<S>(p);
   P* xs = static_cast<P*>(scratch);
   P* packed = xs + rows * inputs;
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
@@ -172,11 +196,14 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
       e.w_in = w.in_stride;
     }
     Ahead ahead;
-    const int64_t steps = e.count * block_in / kStep;  // of a tile
-    if (g + 1 < t.group_end && !w.position && steps) {  // the next group's weights, into L2
+    ahead.ldy = p.ldy * sizeof(S), ahead.ldr = p.ldr * sizeof(S), ahead.width = strip * sizeof(S);
+    const int64_t steps = depth > 1 ? e.count * block_in / kStep : 1;  // of a tile
+    // The next group's weights, into L2.
+    if (depth > 1 && g + 1 < t.group_end && !w.position && !near && steps) {
       const int64_t bytes = (w.ptr[g + 2] - end) * w.block_stride * int64_t(sizeof(S));
       const int64_t tiles = panels.count * ceil_div(w.block_out, strip);
-      ahead.at = static_cast<const char*>(w.values) + end * w.block_stride * int64_t(sizeof(S));
+      ahead.weights =
+          static_cast<const char*>(w.values) + end * w.block_stride * int64_t(sizeof(S));
       ahead.lines = min_of<int64_t>(ceil_div(bytes, 64 * steps * tiles), kMostAhead);
     }
     for (int64_t o = 0; o < w.block_out; o += strip, e.w += next_strip) {
@@ -195,25 +222,23 @@ void product_lanes_out(const Product& p, const Range& t, void* scratch) {
         const P* panel = xs + at * inputs;
         S* y = static_cast<S*>(p.y) + row * p.ldy + out;
         at += height;
-        // The next tile's output lines: the panel below, or the first one of the next strip.
-        const S* next_y =
-            i + 1 < panels.count ? y + height * p.ldy : y + strip - (at - height) * p.ldy;
-        for (int64_t r = 0; r < height; ++r)
-          for (int64_t c = 0; c < strip; c += 64 / sizeof(S))
-            __builtin_prefetch(next_y + r * p.ldy + c, 1);
-        if (direct) {
-          run(e, panel, init, reinterpret_cast<A*>(y), p.ldy, ahead);
-          ahead.at += 64 * steps * ahead.lines;
-          continue;
-        }
         const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.ldr + out
                                        : nullptr;
-        if (residual)
-          for (int64_t r = 0; r < height; ++r)
-            for (int64_t c = 0; c < strip; c += 64 / sizeof(S))
-              __builtin_prefetch(residual + r * p.ldr + c);
+        // The next tile is the panel below, or the first one of the next strip.
+        const bool below = i + 1 < panels.count;
+        const auto next_tile = [&](const S* from, int64_t ld) {
+          return reinterpret_cast<const char*>(from + (below ? height * ld
+                                                             : strip - (at - height) * ld));
+        };
+        ahead.y = next_tile(y, p.ldy);
+        ahead.residual = residual ? next_tile(residual, p.ldr) : nullptr;
+        ahead.rows = height, ahead.rows_per_step = steps ? ceil_div(height, steps) : 0;
+        if (depth == 1) ahead.ask_rows();
+        if (direct) {
+          run(e, panel, init, reinterpret_cast<A*>(y), p.ldy, ahead);
+          continue;
+        }
         run(e, panel, init, tile, strip, ahead);
-        ahead.at += 64 * steps * ahead.lines;
         finish(p.activation, tile, strip, int(height), cols, residual, p.ldr, y, p.ldy);
       }
     }

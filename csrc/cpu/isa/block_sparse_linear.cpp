@@ -48,7 +48,9 @@ RowSplit product_rows(const Product& p) {
   constexpr int W = kLanes<typename Accumulator<S>::type>;
   const Nest nest = nest_of<S>(p);
   if (nest == kColumns) return {W, 128, 128};
-  return {nest == kLanesOut ? 1 : W, 72, 24};
+  if (nest == kFewOutputs) return {W, 72, 24};
+  if (weights_are_near<S>(p) && !packs_blocks<S>(p)) return {1, 36, 8};
+  return {1, 72, 24};
 }
 
 template <class S>
@@ -64,7 +66,7 @@ size_t product_scratch(const Product& p, int64_t rows) {
 
 template <class S>
 constexpr BlockSparseKernels block_sparse_kernels() {
-  return {product_rows<S>, product_scratch<S>, product<S>, outer_pack<S>, outer<S>};
+  return {product_rows<S>, product_scratch<S>, product<S>, outer_scratch<S>, outer<S>};
 }
 
 }  // namespace

@@ -7,21 +7,27 @@
 namespace lean_kernels {
 namespace {
 
-// Rows [panel_begin, + panel_rows) of grad (panels 0 .. groups) and x (then `inputs` more) as
-// [panel][row][block], widened and zero-padded.
-template <class S>
-void outer_pack(const BlockOuter& p, int64_t begin, int64_t end) {
-  using A = typename Accumulator<S>::type;
-  for (int64_t i = begin; i < end; ++i) {
-    const bool is_grad = i < p.groups;
-    const int64_t at = is_grad ? i : i - p.groups;
-    const int64_t block = is_grad ? p.block_out : p.block_in;
-    const int64_t cols = (is_grad ? p.out_features : p.in_features) - at * block;
-    const int64_t ld = is_grad ? p.ldg : p.ldx;
-    const S* from = static_cast<const S*>(is_grad ? p.grad : p.x) + p.panel_begin * ld + at * block;
-    A* to = static_cast<A*>(is_grad ? p.grad_panels : p.x_panels) + at * p.panel_rows * block;
-    pack_panel(from, ld, p.panel_rows, min_of(block, cols), block, to, p.panel_rows);
+constexpr int64_t kOuterRows = 128;  // rows per pass
+
+// Where the parts of the scratch begin, in elements: a group's panel of grad [row][block_out],
+// panels of x [column][row][block_in], and which of those are packed.
+template <class A>
+struct OuterScratch {
+  int64_t columns, x, packed;
+  size_t bytes;
+
+  explicit OuterScratch(const BlockOuter& p) {
+    const int64_t rows = min_of(p.rows, kOuterRows);
+    columns = ceil_div(p.in_features, p.block_in);
+    x = rows * p.block_out;
+    packed = x + columns * rows * p.block_in;
+    bytes = (packed + ceil_div(columns, sizeof(A))) * sizeof(A);
   }
+};
+
+template <class S>
+size_t outer_scratch(const BlockOuter& p) {
+  return OuterScratch<typename Accumulator<S>::type>(p).bytes;
 }
 
 // out [R inputs][V vectors of outputs] (+)= sum over rows of x [row, R] grad [row, V vectors].
@@ -84,33 +90,59 @@ void outer_block(const A* vectors, int64_t lanes, const A* scalars, int64_t othe
     }
 }
 
-// Entries [begin, end) of one group.
-template <class S>
-void outer(const BlockOuter& p, int64_t begin, int64_t end, int64_t group) {
-  using A = typename Accumulator<S>::type;
+// One block, from rows of grad [block_out] and x [block_in].
+template <class A>
+void outer_entry(const BlockOuter& p, const A* grad, const A* x, int64_t rows, A* out, bool add) {
   constexpr int W = kLanes<A>;
-  const int64_t rows = p.panel_rows, bo = p.block_out, bi = p.block_in;
-  const bool add = p.panel_begin > 0;
-  const A* grad = static_cast<const A*>(p.grad_panels) + group * rows * bo;
-  for (int64_t e = begin; e < end; ++e) {
-    const A* x = static_cast<const A*>(p.x_panels) + p.index[e] * rows * bi;
-    A* out = static_cast<A*>(p.out) + e * bo * bi;
-    if (bo % (2 * W) == 0) {
-      outer_block<A, 2, kWideRows>(grad, bo, x, bi, rows, out, p.in_stride, p.out_stride, add);
-    } else if (bi % (2 * W) == 0) {
-      outer_block<A, 2, kWideRows>(x, bi, grad, bo, rows, out, p.out_stride, p.in_stride, add);
-    } else if (bo % W == 0) {
-      outer_block<A, 1, kNarrowRows>(grad, bo, x, bi, rows, out, p.in_stride, p.out_stride, add);
-    } else if (bi % W == 0) {
-      outer_block<A, 1, kNarrowRows>(x, bi, grad, bo, rows, out, p.out_stride, p.in_stride, add);
-    } else {
-      for (int64_t i = 0; i < bi; ++i)
-        for (int64_t o = 0; o < bo; ++o) {
-          A& sum = out[o * p.out_stride + i * p.in_stride];
-          A total = add ? sum : A(0);
-          for (int64_t m = 0; m < rows; ++m) total += grad[m * bo + o] * x[m * bi + i];
-          sum = total;
-        }
+  const int64_t bo = p.block_out, bi = p.block_in;
+  if (bo % (2 * W) == 0) {
+    outer_block<A, 2, kWideRows>(grad, bo, x, bi, rows, out, p.in_stride, p.out_stride, add);
+  } else if (bi % (2 * W) == 0) {
+    outer_block<A, 2, kWideRows>(x, bi, grad, bo, rows, out, p.out_stride, p.in_stride, add);
+  } else if (bo % W == 0) {
+    outer_block<A, 1, kNarrowRows>(grad, bo, x, bi, rows, out, p.in_stride, p.out_stride, add);
+  } else if (bi % W == 0) {
+    outer_block<A, 1, kNarrowRows>(x, bi, grad, bo, rows, out, p.out_stride, p.in_stride, add);
+  } else {
+    for (int64_t i = 0; i < bi; ++i)
+      for (int64_t o = 0; o < bo; ++o) {
+        A& sum = out[o * p.out_stride + i * p.in_stride];
+        A total = add ? sum : A(0);
+        for (int64_t m = 0; m < rows; ++m) total += grad[m * bo + o] * x[m * bi + i];
+        sum = total;
+      }
+  }
+}
+
+// Entries [begin, end). Panels are packed by the task that reads them: fetching what another core
+// has just written takes longer.
+template <class S>
+void outer(const BlockOuter& p, int64_t begin, int64_t end, void* scratch) {
+  using A = typename Accumulator<S>::type;
+  const int64_t bo = p.block_out, bi = p.block_in;
+  const OuterScratch<A> parts(p);
+  A* grad_panel = static_cast<A*>(scratch);
+  A* x_panels = grad_panel + parts.x;
+  bool* packed = reinterpret_cast<bool*>(grad_panel + parts.packed);
+  int64_t first = 0;
+  while (p.ptr[first + 1] <= begin) ++first;
+  for (int64_t row = 0; row < p.rows; row += kOuterRows) {
+    const int64_t rows = min_of(kOuterRows, p.rows - row);
+    memset(packed, 0, parts.columns);
+    for (int64_t e = begin, g = first; e < end; ++g) {
+      const int64_t stop = min_of<int64_t>(end, p.ptr[g + 1]);
+      if (e < stop)
+        pack_panel(static_cast<const S*>(p.grad) + row * p.ldg + g * bo, p.ldg, rows,
+                   min_of(bo, p.out_features - g * bo), bo, grad_panel, rows);
+      for (; e < stop; ++e) {
+        const int64_t c = p.index[e];
+        A* x_panel = x_panels + c * rows * bi;
+        if (!packed[c])
+          pack_panel(static_cast<const S*>(p.x) + row * p.ldx + c * bi, p.ldx, rows,
+                     min_of(bi, p.in_features - c * bi), bi, x_panel, rows);
+        packed[c] = true;
+        outer_entry(p, grad_panel, x_panel, rows, static_cast<A*>(p.out) + e * bo * bi, row > 0);
+      }
     }
   }
 }

@@ -16,15 +16,18 @@ void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t blo
   constexpr int W = kLanes<A>;
   if (block_in == 1) {
     int64_t c = 0;
-    // Whole vectors, column after column: lanes past the last row are overwritten by the next.
-    for (; rows <= W && c + 2 * W <= cols; c += W) {
-      Vec<A> v[W];
+    // W x W at a time, the last rows with some before them; fewer rows, column after column: lanes
+    // past the last row are overwritten by the next.
+    for (; c + 2 * W <= cols; c += W)
+      for (int64_t at = 0; at < rows; at += W) {
+        const int64_t first = rows < W ? 0 : min_of(at, rows - W);
+        Vec<A> v[W];
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) v[r] = load_wide(x + min_of<int64_t>(r, rows - 1) * ldx + c);
-      transpose<A>(v);
+        for (int r = 0; r < W; ++r) v[r] = load_wide(x + min_of(first + r, rows - 1) * ldx + c);
+        transpose<A>(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(panel + (c + i) * panel_rows, v[i]);
-    }
+        for (int i = 0; i < W; ++i) store(panel + (c + i) * panel_rows + first, v[i]);
+      }
     for (; c < cols; ++c)
       for (int64_t r = 0; r < rows; ++r) panel[c * panel_rows + r] = widen(x[r * ldx + c]);
     return;
