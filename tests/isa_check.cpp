@@ -13,7 +13,12 @@ int wrong_narrowings_bfloat16(), wrong_narrowings_float16();  // of store_narrow
 }
 using namespace lean_kernels;
 
+#define LEAN_KERNELS_STRING(name) #name
+#define LEAN_KERNELS_NAME(isa) LEAN_KERNELS_STRING(isa)
+
 namespace {
+
+constexpr const char* kName = LEAN_KERNELS_NAME(LEAN_KERNELS_ISA);
 
 std::mt19937 rng(1);
 
@@ -289,10 +294,22 @@ class Identity {
   Guarded<S> values_;
 };
 
+// Whether products of bfloat16 take subnormal numbers for zero, as vdpbf16ps does; see BFloat16Pairs.
+bool flushes_bfloat16() {
+#if defined(__x86_64__)
+  return std::string(kName) == "avx512" && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // y = x and y = x + residual: every finite value of a half, and sums that need rounding, subnormals
-// and overflow included, come out as IEEE 754 rounds.
+// (where they are kept) and overflow included, come out as IEEE 754 rounds.
 template <class S>
 void check_rounding(const BlockSparseKernels& kernels, const std::string& name) {
+  const bool flushes = std::is_same_v<S, Half<7>> && flushes_bfloat16();
+  const auto lost = [&](double v) { return flushes && v != 0 && std::abs(v) < 0x1p-126; };
   constexpr int64_t n = 16, rows = 4096;
   Group group{name + " rounding", 0};
   std::vector<S> finite, other;
@@ -317,6 +334,7 @@ void check_rounding(const BlockSparseKernels& kernels, const std::string& name) 
     int wrong = 0;
     for (int64_t i = 0; i < rows * n; ++i) {
       const float sum = float(double(finite[i])) + (add ? float(double(other[i])) : 0.0f);
+      if (lost(double(finite[i])) || lost(sum)) continue;
       if (!(double(y[i]) == double(S(double(sum))))) ++wrong;
     }
     group.add(wrong);
@@ -367,11 +385,7 @@ void check(Dtype dtype, const char* name, double limit, double outer_limit) {
 
 }  // namespace
 
-#define LEAN_KERNELS_STRING(name) #name
-#define LEAN_KERNELS_NAME(isa) LEAN_KERNELS_STRING(isa)
-
 int main() {
-  constexpr const char* kName = LEAN_KERNELS_NAME(LEAN_KERNELS_ISA);
 #if defined(__x86_64__)
   std::printf("processor: avx2 %d, fma %d, f16c %d, avx512 f %d, bw %d, vl %d, dq %d\n",
               !!__builtin_cpu_supports("avx2"), !!__builtin_cpu_supports("fma"),
