@@ -117,7 +117,8 @@ def test_exits_combine_with_thresholds(family):
     for row, length in enumerate(LENGTHS):
         expected = hidden(model, ids[row : row + 1, :length], mask[row : row + 1, :length])
         assert encoder_of(model).exit_layers == layers[row]
-        assert_rms(logits[row], expected[0], 1e-6)
+        # Two float32 results, each within 1e-6 of the exact one.
+        assert_rms(logits[row], expected[0], 2e-6)
     assert len(layers.unique()) > 1
 
 
@@ -290,7 +291,8 @@ def test_electra_exits():
     for row, length in enumerate(LENGTHS):
         expected = hidden(model, ids[row : row + 1, :length], mask[row : row + 1, :length])
         assert encoder_of(model).exit_layers == layers[row]
-        assert_rms(logits[row], expected[0], 1e-6)
+        # Two float32 results, each within 1e-6 of the exact one.
+        assert_rms(logits[row], expected[0], 2e-6)
     encoder_of(model).exit_rule = ExitRule(threshold=0.0)
     assert_rms(hidden(model, ids, mask), hidden(original, ids, mask), 2e-6)
     for head in lk.convert(
