@@ -28,7 +28,8 @@ struct Ids {
     STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, op, ": ", label,
                     " must be int32 or int64");
     STD_TORCH_CHECK(count < int64_t(1) << 31, op, ": at most 2^31 - 1 ", label, ", got ", count);
-    const uint64_t largest = wide ? largest_of<int64_t, uint64_t>() : largest_of<int32_t, uint32_t>();
+    const uint64_t largest =
+        wide ? largest_of<int64_t, uint64_t>() : largest_of<int32_t, uint32_t>();
     STD_TORCH_CHECK(count == 0 || largest < uint64_t(rows), op, ": ", label, " must lie in [0, ",
                     rows, ")");
   }
@@ -88,7 +89,8 @@ struct RowEnd {
     rows.eps = eps;
     rows.features = rows.stride = features;
     rows.out = out.mutable_data_ptr();
-    rows.stream = out.numel() * int64_t(out.element_size()) >= stream_bytes && row_bytes % kCacheLine == 0 &&
+    const int64_t bytes = out.numel() * int64_t(out.element_size());
+    rows.stream = bytes >= stream_bytes && row_bytes % kCacheLine == 0 &&
                   reinterpret_cast<uintptr_t>(rows.out) % kCacheLine == 0;
   }
 

@@ -24,7 +24,7 @@ constexpr int64_t kSerialTokens = 2048;      // selected: a second thread costs 
 constexpr int64_t kTaskTokens = 1024;        // selected by one task, about
 constexpr int64_t kSerialBytes = 1 << 16;    // moved: the same
 constexpr int64_t kTaskBytes = 1 << 18;
-constexpr int64_t kStreamBytes = 1 << 22;   // written: past the caches from here on
+constexpr int64_t kStreamBytes = 1 << 23;   // written: past the caches from here on
 constexpr int64_t kAhead = 2;              // rows fetched before their turn
 constexpr double kSlack = 1e-6;  // 0.07 * 100 is above 7 in floating point, and 7 is meant
 

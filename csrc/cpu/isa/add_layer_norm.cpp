@@ -13,16 +13,15 @@ namespace {
 constexpr int kLine = 64;  // bytes
 
 // row = x (+ residual), widened; returns the sums of it and of its squares.
-template <bool added, class S, class A, class Fetch>
-LK_INLINE Terms<A, 2> read_row(const S* x, const S* residual, A* row, int64_t features,
-                               Fetch fetch) {
+template <bool added, class S, class A>
+LK_INLINE Terms<A, 2> read_row(const S* x, const S* residual, A* row, int64_t features) {
   const auto terms = [&](int64_t i, auto kind) {
     auto v = read(kind, x + i);
     if constexpr (added) v += read(kind, residual + i);
     keep(row + i, v);
     return Terms<decltype(kind), 2>{{v, v * v}};
   };
-  return sums_over<A, 2>(features, terms, fetch);
+  return sums_over<A, 2>(features, terms);
 }
 
 template <class S>
@@ -46,8 +45,9 @@ void add_layer_norm_rows(const AddLayerNorm& p, int64_t begin, int64_t end, void
         __builtin_prefetch(next_residual + i + k);
       }
     };
-    const auto [sum, squares] = (p.residual ? read_row<true>(x, residual, row, features, FetchNothing())
-                                            : read_row<false>(x, residual, row, features, FetchNothing())).of;
+    const Terms<A, 2> sums = p.residual ? read_row<true>(x, residual, row, features)
+                                        : read_row<false>(x, residual, row, features);
+    const auto [sum, squares] = sums.of;
     const A mean = sum / A(features);
     A variance = squares / A(features) - mean * mean;
     // Far from zero that would be a small difference of large numbers.

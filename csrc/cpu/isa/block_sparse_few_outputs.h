@@ -36,11 +36,12 @@ LK_INLINE void put_sums(Vec<A> v, A* sums) {
   }
 }
 
-// sums [output][W rows] = x [W rows, inputs] Wᵀ of the groups [begin, end), lanes along block_in, which is a multiple of W.
-// O outputs at once read the same x; R rows of theirs are computed.
+// sums [output][W rows] = x [W rows, inputs] Wᵀ of the groups [begin, end), lanes along block_in,
+// which is a multiple of W. O outputs at once read the same x; R rows of theirs are computed.
 // x: panel [input block][W rows][block_in]; rows from `rows` on are zero.
 template <class A, int O, int R, int kBlockIn>
-void sum_lanes_in(const Weights<A>& w, int64_t begin, int64_t end, const A* x, int64_t rows, A* sums) {
+void sum_lanes_in(const Weights<A>& w, int64_t begin, int64_t end, const A* x, int64_t rows,
+                  A* sums) {
   constexpr int W = kLanes<A>;
   const int64_t block_in = kBlockIn ? kBlockIn : w.block_in;
   for (int64_t g = begin; g < end; ++g) {

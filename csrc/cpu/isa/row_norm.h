@@ -31,19 +31,14 @@ LK_INLINE V keep(A* p, V v) {
   return v;
 }
 
-struct FetchNothing {
-  void operator()(int64_t) const {}
-};
-
 template <class V, int count>
 struct Terms {
   V of[count];
 };
 
-// Sums over the features i of each of terms(i, kind), always in the same order. `fetch(i)` is called
-// before each four vectors.
-template <class A, int count, class F, class Fetch = FetchNothing>
-LK_INLINE Terms<A, count> sums_over(int64_t features, F terms, Fetch fetch = {}) {
+// Sums over the features i of each of terms(i, kind), always in the same order.
+template <class A, int count, class F>
+LK_INLINE Terms<A, count> sums_over(int64_t features, F terms) {
   constexpr int W = kLanes<A>;
   Vec<A> part[count][4] = {};
   const auto add = [&](int k, const Terms<Vec<A>, count>& t) {
@@ -51,11 +46,9 @@ LK_INLINE Terms<A, count> sums_over(int64_t features, F terms, Fetch fetch = {})
     for (int n = 0; n < count; ++n) part[n][k] += t.of[n];
   };
   int64_t i = 0;
-  for (; i + 4 * W <= features; i += 4 * W) {
-    fetch(i);
+  for (; i + 4 * W <= features; i += 4 * W)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) add(k, terms(i + k * W, Vec<A>{}));
-  }
   for (; i + W <= features; i += W) add(0, terms(i, Vec<A>{}));
   Terms<A, count> sums;
 #pragma GCC unroll 2
@@ -85,7 +78,12 @@ LK_INLINE A squared_distance(const A* row, A center, int64_t features) {
   });
 }
 
+struct FetchNothing {
+  void operator()(int64_t) const {}
+};
+
 // y[i] = value(i, kind). `streamed`: past the caches; y and its length are then whole cache lines.
+// `fetch(i)` is called before each vector.
 template <bool streamed, class S, class Value, class Fetch = FetchNothing>
 LK_INLINE void write_row(S* y, int64_t features, Value value, Fetch fetch = {}) {
   using A = typename Accumulator<S>::type;
