@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
+from lean_kernels.ops._triton import check_device
+
 _MOST_FEATURES = 1 << 16  # beyond, a row no longer fits the registers of a program
 
 
@@ -81,11 +82,7 @@ def forward(
     eps: float,
 ) -> Tensor:
     """LayerNorm(x + residual) of all rows or those in `indices`; see `op.add_layer_norm`."""
-    if not _INTERPRETED and x.device.type == "cpu":
-        raise RuntimeError(
-            "add_layer_norm: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
+    check_device("add_layer_norm", x)
     features = x.shape[-1]
     if features > _MOST_FEATURES:
         raise ValueError(

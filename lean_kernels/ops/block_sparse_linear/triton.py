@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_kernels import _tuning
+from lean_kernels.ops._triton import check_device, check_interpreted
 from lean_kernels.ops.block_sparse_linear import bsr
 from lean_kernels.ops.block_sparse_linear.triton_kernels import _grad_weight_kernel, _matmul_kernel
 
 NAME = "block_sparse_linear"
 # Triton 3.10 changes the default, and with it the last bit of results.
 _OPTIONS = {"enable_fp_fusion": True}
-_INTERPRETED = triton.knobs.runtime.interpret
 # The interpreter takes the bits of a bfloat16 for an integer.
 _INTERPRETER_DTYPES = (torch.float32, torch.float16, torch.float64)
 # With fewer programs than this, grad_weight also splits the tokens, in parts no shorter than that.
@@ -98,16 +98,8 @@ def _check(x: Tensor, block_shape: tuple[int, int]) -> None:
                 f"block_sparse_linear: impl 'triton' takes blocks whose sides are powers of two, "
                 f"got {block_shape[0]}x{block_shape[1]}; use impl 'cpu' or 'reference'"
             )
-    if not _INTERPRETED and x.device.type == "cpu":
-        raise RuntimeError(
-            "block_sparse_linear: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
-    if _INTERPRETED and x.dtype not in _INTERPRETER_DTYPES:
-        raise RuntimeError(
-            f"block_sparse_linear: Triton's interpreter multiplies {x.dtype} wrongly; "
-            f"debug in float32"
-        )
+    check_device("block_sparse_linear", x)
+    check_interpreted("block_sparse_linear", x.dtype, _INTERPRETER_DTYPES)
 
 
 def _numerics(dtype: torch.dtype) -> dict:

@@ -83,12 +83,7 @@ def _matmul_int8_kernel(
     GROUP_M: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    CUTS_N: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = find_tile(tokens, tl.cdiv(features_n, SIZE_N) * CUTS_N, BLOCK_M, GROUP_M)
-    row = tile_n // CUTS_N
-
-    m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n % CUTS_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, m, n = find_tile(tokens, features_n, SIZE_N, BLOCK_M, BLOCK_N, GROUP_M)
     mask_m = m < tokens
     start, stop, steps = find_row(start_ptr, row, nnz, SIZE_K, BLOCK_K)
 

@@ -35,15 +35,26 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def find_tile(tokens, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """The token tile and the tile of the result's columns that this program makes."""
+def find_tile(
+    tokens,
+    features_n,
+    SIZE_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """This program's block row, its tokens [BLOCK_M] and its places in the block [BLOCK_N]."""
+    CUTS_N: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
+    tiles_n = tl.cdiv(features_n, SIZE_N) * CUTS_N
     # GROUP_M token tiles walk the rows side by side: weights and x are then found in L2.
     tiles_m = tl.cdiv(tokens, BLOCK_M)
     pid = tl.program_id(0)
     first_m = pid // (GROUP_M * tiles_n) * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
-    return first_m + within % group_m, within // group_m
+    tile_m, tile_n = first_m + within % group_m, within // group_m
+    m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tile_n // CUTS_N, m, tile_n % CUTS_N * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -113,12 +124,7 @@ def _matmul_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    CUTS_N: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = find_tile(tokens, tl.cdiv(features_n, SIZE_N) * CUTS_N, BLOCK_M, GROUP_M)
-    row = tile_n // CUTS_N
-
-    m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n % CUTS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # within the block
+    row, m, n = find_tile(tokens, features_n, SIZE_N, BLOCK_M, BLOCK_N, GROUP_M)
     mask_m = m < tokens
     x_rows = x_ptr + m[:, None] * stride_xm
     w_cols = weight_ptr + tl.cast(n, tl.int64)[None, :] * stride_wn

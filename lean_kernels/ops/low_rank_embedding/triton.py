@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
+from lean_kernels.ops._triton import check_device
+
 _OPTIONS = {"enable_fp_fusion": True}
 _WHOLE = 512  # features; the accumulators of a longer row spill
 _MOST_FEATURES = 1 << 16  # beyond, a row does not fit the registers of the second kernel
@@ -213,14 +214,6 @@ def _numerics(dtype: torch.dtype) -> dict:
     return {"ACC": acc, "PRECISION": "tf32" if tf32 else "ieee", **_OPTIONS}
 
 
-def _check(codes: Tensor) -> None:
-    if not _INTERPRETED and codes.device.type == "cpu":
-        raise RuntimeError(
-            "low_rank_embedding: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -264,7 +257,7 @@ def forward(
     *end,
 ) -> Tensor:
     """The rows of `ids`; see `op.low_rank_embedding`."""
-    _check(codes)
+    check_device("low_rank_embedding", codes)
     features, norm = decoder.shape[0], end[4]
     if norm and features > _MOST_FEATURES:
         raise ValueError(
@@ -310,7 +303,7 @@ def grad(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of the gradient of codes, gradients of codes, decoder and bias: `reference.grad`."""
-    _check(codes)
+    check_device("low_rank_embedding", codes)
     features, rank = decoder.shape
     rows, places, dtype = codes.shape[0], ids.numel(), decoder.dtype
     none = decoder.new_empty(0)

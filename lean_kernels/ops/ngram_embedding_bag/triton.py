@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
+from lean_kernels.ops._triton import check_device
+
 PIECE = 128  # occurrences of a row that one program sums
 BLOCK_N = 8  # rows loaded together
 
@@ -198,14 +199,6 @@ def config(features: int, dtype: torch.dtype) -> dict:
     }
 
 
-def _check_device(tensor: Tensor) -> None:
-    if not _INTERPRETED and tensor.device.type == "cpu":
-        raise RuntimeError(
-            "ngram_embedding_bag: impl 'triton' needs tensors on a GPU, got cpu; move them, use "
-            "impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
-
-
 def forward(
     ids: Tensor,
     offsets: Tensor,
@@ -216,7 +209,7 @@ def forward(
     mean: bool,
 ) -> Tensor:
     """Sums or means of rows; see `op.ngram_embedding_bag`."""
-    _check_device(table)
+    check_device("ngram_embedding_bag", table)
     bags, features = offsets.shape[0] - 1, table.shape[1]
     dtype = torch.float32 if table.dtype == torch.int8 else table.dtype
     out = torch.empty(bags, features, dtype=dtype, device=table.device)
@@ -268,7 +261,7 @@ def grad_weights(
     padding_idx: int,
     mean: bool,
 ) -> Tensor:
-    _check_device(table)
+    check_device("ngram_embedding_bag", table)
     count, (rows, features) = ids.shape[0], table.shape
     out = torch.empty(count, dtype=_wide(table.dtype), device=table.device)
     if count == 0 or offsets.shape[0] == 1:
@@ -301,7 +294,7 @@ def grad_table(
     mean: bool,
 ) -> Tensor:
     """The table's gradient, dense."""
-    _check_device(grad)
+    check_device("ngram_embedding_bag", grad)
     count, features = ids.shape[0], grad.shape[1]
     out = torch.zeros(rows, features, dtype=grad.dtype, device=grad.device)
     if count == 0 or rows == 0 or grad.shape[0] == 0:

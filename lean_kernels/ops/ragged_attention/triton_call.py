@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 
 from lean_kernels import _tuning
+from lean_kernels.ops._triton import check_device, check_interpreted
 
 # Triton 3.10 changes the default, and with it the last bit of results.
 OPTIONS = {"enable_fp_fusion": True}
-_INTERPRETED = triton.knobs.runtime.interpret
 # The interpreter takes the bits of a bfloat16 for an integer.
 _INTERPRETER_DTYPES = (torch.float32, torch.float16)
 _UNBOUNDED = 2**31 - 1
@@ -109,16 +109,8 @@ def call_of(
             f"ragged_attention: impl 'triton' takes heads of up to 256 dimensions, got "
             f"{query.shape[2]}; use impl 'reference'"
         )
-    if not _INTERPRETED and query.device.type == "cpu":
-        raise RuntimeError(
-            "ragged_attention: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
-    if _INTERPRETED and query.dtype not in _INTERPRETER_DTYPES:
-        raise RuntimeError(
-            f"ragged_attention: Triton's interpreter multiplies {query.dtype} wrongly; "
-            f"debug in float32"
-        )
+    check_device("ragged_attention", query)
+    check_interpreted("ragged_attention", query.dtype, _INTERPRETER_DTYPES)
     total = len(query)
     if left < 0 and right < 0 and not exclude_diagonal:
         positions = key_positions = None

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lean_kernels.ops._triton import check_device
+
 NAME = "tensor_product_embedding"
-_INTERPRETED = triton.knobs.runtime.interpret
 _MOST_NUMBERS = 1 << 14  # of a padded row: beyond, it no longer fits the registers of a program
 BLOCK = 64  # sorted positions that one program sums
 
@@ -332,14 +333,6 @@ def config(order: int, size: int) -> dict[str, int]:
     return {"ORDER": order, "DIGIT": digit, "TAIL": numbers // digit, "num_warps": warps}
 
 
-def _check_device(tensor: Tensor) -> None:
-    if not _INTERPRETED and tensor.device.type == "cpu":
-        raise RuntimeError(
-            f"{NAME}: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -348,7 +341,7 @@ def forward(
     ids, morphemes, factors, embedding_dim, ids0, table0, ids1, table1, norm, weight, bias, eps
 ) -> Tensor:
     """See `op.tensor_product_embedding`."""
-    _check_device(factors)
+    check_device(NAME, factors)
     y = torch.empty(*ids.shape, embedding_dim, dtype=factors.dtype, device=factors.device)
     tiles = config(morphemes.shape[1], factors.shape[2])
     if y.numel() == 0:
@@ -373,7 +366,7 @@ def grad(
     grad, ids, morphemes, factors, ids0, table0, ids1, table1, norm, weight, eps, padding_idx
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.grad`."""
-    _check_device(factors)
+    check_device(NAME, factors)
     double = factors.dtype == torch.float64
     options = {"dtype": torch.float64 if double else torch.float32, "device": factors.device}
     features, positions, words = grad.shape[-1], ids.numel(), morphemes.shape[0]

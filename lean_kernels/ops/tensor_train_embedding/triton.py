@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
+from lean_kernels.ops._triton import check_device
 
 
 @triton.jit(do_not_specialize=["units", "limit"])
@@ -77,11 +77,7 @@ def config(height: int, width: int, rank: int) -> dict[str, int]:
 
 def forward(ids: Tensor, cores: list[Tensor], num_embeddings: int, embedding_dim: int) -> Tensor:
     """Rows of the table; see `op.tensor_train_embedding`."""
-    if not _INTERPRETED and ids.device.type == "cpu":
-        raise RuntimeError(
-            "tensor_train_embedding: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
+    check_device("tensor_train_embedding", ids)
     dtype, device = cores[0].dtype, ids.device
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(*ids.shape, embedding_dim, dtype=dtype, device=device)

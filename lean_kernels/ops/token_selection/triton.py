@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
+from lean_kernels.ops._triton import check_device
+
 BLOCK = 256  # tokens a program looks at together; most sequences are one such tile
 _SLOTS = 4  # tensors of one gather launch
 _THRESHOLD = 2  # the position in op.MODES
@@ -243,14 +244,6 @@ def _scatter_into_kernel(
         tl.store(to_ptr + target[:, None] * stride_to + k[None, :], values, mask=mask)
 
 
-def _check_device(op: str, tensor: Tensor) -> None:
-    if not _INTERPRETED and tensor.device.type == "cpu":
-        raise RuntimeError(
-            f"{op}: impl 'triton' needs tensors on a GPU, got cpu; move them, "
-            "use impl 'cpu', or debug with TRITON_INTERPRET=1 in the environment"
-        )
-
-
 def _words(*tensors: Tensor) -> list[Tensor]:
     """[T, ...] tensors as [T, columns] of the widest integers that all of them can be seen as."""
     rows = [t if t[:1].is_contiguous() else t.contiguous() for t in tensors]
@@ -284,7 +277,7 @@ def config(columns: int, itemsize: int) -> dict[str, int]:
 
 def gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
     """Rows `indices` of each tensor; see `op.gather_tokens`."""
-    _check_device("gather_tokens", indices)
+    check_device("gather_tokens", indices)
     rows, tokens, indices = indices.shape[0], tensors[0].shape[0], indices.contiguous()
     results = [torch.empty((rows, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in tensors]
     moved = [
@@ -318,7 +311,7 @@ def gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
 
 def scatter(packed: Tensor, indices: Tensor, total: int) -> Tensor:
     """Row i of `packed` at row indices[i] of [total, ...]; see `op.scatter_tokens`."""
-    _check_device("scatter_tokens", packed)
+    check_device("scatter_tokens", packed)
     rows = indices.shape[0]
     inverse = torch.full((total,), -1, dtype=torch.int64, device=packed.device)
     if rows and total:
@@ -332,7 +325,7 @@ def scatter(packed: Tensor, indices: Tensor, total: int) -> Tensor:
 
 def scatter_into(out: Tensor, packed: Tensor, indices: Tensor) -> None:
     """Row i of `packed` into row indices[i] of `out`; see `op.scatter_tokens`."""
-    _check_device("scatter_tokens", packed)
+    check_device("scatter_tokens", packed)
     rows = indices.shape[0]
     if packed.numel() == 0 or out.numel() == 0:
         return
@@ -360,7 +353,7 @@ def select(
     tensors: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Indices, cu_seqlens and rows of the kept tokens; see `op.compact_tokens`."""
-    _check_device("select_tokens", scores)
+    check_device("select_tokens", scores)
     tokens, sequences = scores.shape[0], cu_seqlens.shape[0] - 1
     scores, cu_seqlens = scores.contiguous(), cu_seqlens.contiguous()
     protect = None if protect is None else protect.contiguous().view(torch.int8)

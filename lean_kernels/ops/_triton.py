@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton launchers refuse, whatever the op. Imported by them alone: it imports triton."""
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def check_device(op: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for a tensor on CPU, unless Triton's interpreter runs."""
+    if not INTERPRETED and tensor.device.type == "cpu":
+        raise RuntimeError(
+            f"{op}: impl 'triton' needs tensors on a GPU, got cpu; move them, use impl 'cpu', or "
+            "debug with TRITON_INTERPRET=1 in the environment"
+        )
+
+
+def check_interpreted(op: str, dtype: torch.dtype, right: tuple[torch.dtype, ...]) -> None:
+    """Raise RuntimeError where Triton's interpreter runs and does not multiply `dtype` right."""
+    if INTERPRETED and dtype not in right:
+        raise RuntimeError(
+            f"{op}: Triton's interpreter multiplies {dtype} wrongly; debug in float32"
+        )
