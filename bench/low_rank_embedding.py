@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.registry import Case, Competitor, Options, Requirement, Workload
 from lean_kernels.nn import LeanEmbeddings, LowRankEmbedding
+from lean_kernels.optim import LazyAdam
 
 TOLERANCE = 1e-6
 
@@ -95,13 +96,28 @@ def _head(c: Config, ids: Tensor, layer: LowRankEmbedding, table: nn.Embedding) 
     )
 
 
-def _trained(module: nn.Module, sparse: bool, ids: Tensor, grad: Tensor) -> Callable:
-    """A step of Adam: SparseAdam for the parameters looked up, where their gradients are sparse."""
+def _adam(module: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Adam(module.parameters(), fused=True)]
+
+
+def _lazy_adam(module: nn.Module) -> list[torch.optim.Optimizer]:
+    return [LazyAdam(module.parameters())]
+
+
+def _sparse_adam(module: nn.Module) -> list[torch.optim.Optimizer]:
+    """torch's: SparseAdam for the parameters looked up, Adam for the others."""
     looked_up = [p for name, p in module.named_parameters() if "decoder" not in name]
     rest = [p for name, p in module.named_parameters() if "decoder" in name]
-    optimizers = [torch.optim.SparseAdam(looked_up)] if sparse else []
-    dense = rest if sparse else looked_up + rest
-    optimizers += [torch.optim.Adam(dense, fused=True)] if dense else []
+    dense = [torch.optim.Adam(rest, fused=True)] if rest else []
+    return [torch.optim.SparseAdam(looked_up), *dense]
+
+
+def _trained(make: Callable, module: nn.Module, ids: Tensor, grad: Tensor) -> Callable:
+    """A step of the optimizers `make` gives, of a copy of the module."""
+    module = copy.deepcopy(module)
+    if make is not _adam:
+        module.sparse = True
+    optimizers = make(module)
 
     def step() -> Tensor:
         for optimizer in optimizers:
@@ -117,20 +133,18 @@ def _trained(module: nn.Module, sparse: bool, ids: Tensor, grad: Tensor) -> Call
 
 def _training(c: Config, ids: Tensor, layer: LowRankEmbedding, table: nn.Embedding) -> Workload:
     grad = torch.randn(c.tokens, c.features, generator=torch.Generator().manual_seed(1))
-    sparse = copy.deepcopy(layer)
-    sparse.sparse = True
-    sparse_table = copy.deepcopy(table)
-    sparse_table.sparse = True
     step = partial(_trained, ids=ids, grad=grad)
     exact = F.embedding(ids, layer.codes.double()) @ layer.decoder.double().t()
     steps = {
-        "lean_SparseAdam": step(sparse, True),
-        "lean_Adam": step(layer, False),
-        "eager_Adam": step(Factors(layer), False),
+        "lean_LazyAdam": step(_lazy_adam, layer),
+        "lean_SparseAdam": step(_sparse_adam, layer),
+        "lean_Adam": step(_adam, layer),
+        "eager_Adam": step(_adam, Factors(layer)),
     }
     tables = {
-        "table_Adam": step(table, False),
-        "table_SparseAdam": step(sparse_table, True),
+        "table_Adam": step(_adam, table),
+        "table_SparseAdam": step(_sparse_adam, table),
+        "table_LazyAdam": step(_lazy_adam, table),
     }
     return Workload(
         _against(exact.detach(), **steps) | _against(table.weight[ids].detach().double(), **tables),

@@ -20,6 +20,8 @@ Tensor block_sparse_linear_grad_input(const Tensor&, const Tensor&, const Tensor
                                       int64_t);
 Tensor block_sparse_linear_grad_weight(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                        int64_t, int64_t);
+void lazy_adam(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+               const Tensor&, double, double, double, double);
 Tensor ngram_embedding_bag(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
                            std::optional<Tensor>, int64_t, bool);
 Tensor ngram_embedding_bag_grad_table(const Tensor&, const Tensor&, const Tensor&,
@@ -68,6 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("block_sparse_linear_grad_input", TORCH_BOX(&lean_kernels::block_sparse_linear_grad_input));
   m.impl("block_sparse_linear_grad_weight",
          TORCH_BOX(&lean_kernels::block_sparse_linear_grad_weight));
+  m.impl("lazy_adam_", TORCH_BOX(&lean_kernels::lazy_adam));
   m.impl("low_rank_embedding", TORCH_BOX(&lean_kernels::low_rank_embedding));
   m.impl("low_rank_embedding_grad", TORCH_BOX(&lean_kernels::low_rank_embedding_grad));
   m.impl("ngram_embedding_bag", TORCH_BOX(&lean_kernels::ngram_embedding_bag));

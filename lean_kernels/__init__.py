@@ -13,16 +13,16 @@ from lean_kernels.integrations import _on_import
 
 __version__ = "0.1.0"
 
-_MODULES = {"compress", "nn", "ops"}
+_MODULES = {"compress", "nn", "ops", "optim"}
 _NAMES = {
     "Recipe": "lean_kernels.recipe",
     "convert": "lean_kernels.convert",
     "load": "lean_kernels.integrations.transformers",
 }
-__all__ = ["Recipe", "__version__", "compress", "convert", "load", "nn", "ops"]
+__all__ = ["Recipe", "__version__", "compress", "convert", "load", "nn", "ops", "optim"]
 
 if TYPE_CHECKING:
-    from lean_kernels import compress, nn, ops
+    from lean_kernels import compress, nn, ops, optim
     from lean_kernels.convert import convert
     from lean_kernels.integrations.transformers import load
     from lean_kernels.recipe import Recipe

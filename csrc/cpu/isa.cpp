@@ -26,6 +26,7 @@ namespace {
     isa::attention,              \
     isa::block_sparse,           \
     isa::block_sparse_int8,      \
+    isa::lazy_adam,              \
     isa::low_rank,               \
     isa::ngram_bag,              \
     isa::selection,              \

@@ -4,6 +4,7 @@
 
 #include "add_layer_norm.h"
 #include "block_sparse_linear.h"
+#include "lazy_adam.h"
 #include "low_rank_embedding.h"
 #include "ngram_embedding_bag.h"
 #include "ragged_attention.h"
@@ -22,6 +23,7 @@ enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
   extern const AttentionKernels attention[kDtypes];                                 \
   extern const BlockSparseKernels block_sparse[kDtypes];                            \
   extern const BlockSparseKernels block_sparse_int8[kDtypes]; /* none for float64 */ \
+  extern const LazyAdamKernel lazy_adam[kDtypes];                                   \
   extern const LowRankKernels low_rank[kDtypes];                                    \
   extern const NgramBagKernels ngram_bag[kDtypes + 1]; /* the last of int8 rows */  \
   extern const SelectionKernels selection[2]; /* of float32 and float64 scores */   \
@@ -48,6 +50,7 @@ struct CpuKernels {
   const AttentionKernels* attention;
   const BlockSparseKernels* block_sparse;
   const BlockSparseKernels* block_sparse_int8;  // of x's dtype
+  const LazyAdamKernel* lazy_adam;
   const LowRankKernels* low_rank;
   const NgramBagKernels* ngram_bag;
   const SelectionKernels* selection;

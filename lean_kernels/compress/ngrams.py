@@ -16,6 +16,7 @@ from lean_kernels.compress.exits import losses
 from lean_kernels.nn.ngram_classifier import NGramClassifier
 from lean_kernels.nn.ngram_vocabulary import NGramVocabulary, pack
 from lean_kernels.ops.ngram_lookup import ngram_lookup
+from lean_kernels.optim import LazyAdam
 
 __all__ = ["build_vocabulary", "distill", "teacher_logits"]
 
@@ -145,8 +146,7 @@ def distill(
     """Train `student` on a teacher's soft labels; returns the mean loss of each epoch.
 
     The loss is that of `compress.exits.losses`: (1 - distillation) * cross entropy with `labels`
-    + distillation * temperature^2 * KL(teacher || student). The table takes torch.optim.SparseAdam
-    where its gradients are sparse, all else Adam.
+    + distillation * temperature^2 * KL(teacher || student). The optimizer is `optim.LazyAdam`.
 
     Args:
         student: trained in place, and left in evaluation mode.
@@ -181,11 +181,8 @@ def distill(
     table, device = student.bag.weight, student.bag.weight.device
     labels = teacher.argmax(1) if labels is None else labels
     rest = [p for p in student.parameters() if p is not table]
-    for_table = torch.optim.SparseAdam if student.bag.sparse else torch.optim.Adam
-    optimizers = [
-        for_table([table], lr=lr if table_lr is None else table_lr),
-        torch.optim.Adam(rest, lr=lr),
-    ]
+    of_table = {"params": [table], "lr": lr if table_lr is None else table_lr}
+    optimizer = LazyAdam([of_table, {"params": rest}], lr=lr)
     ids, offsets = student.vocabulary(texts)
     generator = torch.Generator().manual_seed(seed)
     history = []
@@ -205,11 +202,9 @@ def distill(
                     temperature=temperature,
                     teacher=teacher[chosen].to(device),
                 ).sum()
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
+                optimizer.step()
                 total += loss.item() * len(chosen)
             history.append(total / len(texts))
     student.eval()

@@ -21,7 +21,7 @@ class CompressedEmbedding(nn.Module):
             end. Its row is what the parameters make of it, as after nn.Embedding.from_pretrained.
         max_norm, norm_type: refused: nn.Embedding would rescale stored rows, and there are none.
         scale_grad_by_freq: divide the gradient of a row by how often its id occurs in the batch.
-        sparse: sparse gradients, for torch.optim.SparseAdam or SGD.
+        sparse: sparse gradients, for lk.optim.LazyAdam, or torch's SparseAdam or SGD.
 
     Raises:
         ValueError: a size, padding_idx or argument that does not fit or is not honoured.

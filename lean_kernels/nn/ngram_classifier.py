@@ -26,7 +26,7 @@ class NGramClassifier(nn.Module):
         embedding_dim, hidden_features: sizes; 1000 in the paper.
         mode: "mean" or "sum".
         dropout: of the pooled embeddings and the hidden layer, in training.
-        sparse: sparse gradients of the table, for torch.optim.SparseAdam.
+        sparse: sparse gradients of the table, for lk.optim.LazyAdam.
 
     `fold` and `to_int8` make it smaller for inference. Sparse Distillation: arXiv 2110.08536.
     """

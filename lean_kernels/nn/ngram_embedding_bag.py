@@ -14,7 +14,7 @@ class NGramEmbeddingBag(nn.Module):
         num_embeddings, embedding_dim, padding_idx, include_last_offset: as in nn.EmbeddingBag.
         mode: "mean" or "sum"; "max" is refused.
         sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, for
-            torch.optim.SparseAdam; else dense.
+            lk.optim.LazyAdam; else dense.
         max_norm, norm_type: rows that occur are rescaled in place first, as in nn.EmbeddingBag.
         scale_grad_by_freq: refused.
 

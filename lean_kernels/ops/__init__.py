@@ -3,6 +3,7 @@
 
 from lean_kernels.ops.add_layer_norm import add_layer_norm
 from lean_kernels.ops.block_sparse_linear import block_sparse_linear
+from lean_kernels.ops.lazy_adam import lazy_adam_
 from lean_kernels.ops.low_rank_embedding import low_rank_embedding
 from lean_kernels.ops.ngram_embedding_bag import ngram_embedding_bag
 from lean_kernels.ops.ngram_lookup import ngram_lookup, ngram_slots
@@ -23,6 +24,7 @@ __all__ = [
     "block_sparse_linear",
     "compact_tokens",
     "gather_tokens",
+    "lazy_adam_",
     "low_rank_embedding",
     "ngram_embedding_bag",
     "ngram_lookup",

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton launchers refuse, whatever the op. Imported by them alone: it imports triton."""
+"""What Triton launchers share, whatever the op. Imported by them alone: it imports triton."""
+
+import struct
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -23,3 +26,13 @@ def check_interpreted(op: str, dtype: torch.dtype, right: tuple[torch.dtype, ...
         raise RuntimeError(
             f"{op}: Triton's interpreter multiplies {dtype} wrongly; debug in float32"
         )
+
+
+def float64_bits(value: float) -> int:
+    """What a kernel's `float64_of` turns back: a float argument would be rounded to float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@triton.jit
+def float64_of(bits):
+    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)

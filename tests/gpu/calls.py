@@ -79,3 +79,21 @@ def compact_tokens(device):
         return ops.compact_tokens(scores.detach().float(), cu, rows, keep=counts, total=178)[2]
 
     return _with_gradients(compacted, hidden)
+
+
+@call
+def lazy_adam(device):
+    rows = torch.tensor([5, 90, 2], device=device)
+    values = _normal(device, 3, 64, grad=False)
+    table = _normal(device, 100, 64, grad=False)
+    grad = torch.sparse_coo_tensor(
+        rows[None], values, table.shape, is_coalesced=True, check_invariants=False
+    )
+    step = torch.ones((), device=device)
+
+    def run():
+        tables = table.clone(), torch.zeros_like(table), torch.zeros_like(table)
+        ops.lazy_adam_(tables[0], grad, *tables[1:], step, lr=1e-3)
+        return tables
+
+    return run

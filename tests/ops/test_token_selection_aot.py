@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what the Triton launchers of token selection and add_layer_norm launch; see
+"""Compiles what the Triton launchers of token selection, add_layer_norm and lazy_adam launch; see
 ahead_of_time.py."""
 
 import os
@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from ahead_of_time import SHARED_KIB, SM80, Recorder, stack_bytes
 
 from lean_kernels.ops.add_layer_norm import triton as layer_norm
+from lean_kernels.ops.lazy_adam import triton as adam
 from lean_kernels.ops.token_selection import triton as selection
 
 TARGETS = pytest.mark.parametrize("target", SHARED_KIB, ids=lambda t: str(t.arch))
@@ -101,3 +102,15 @@ def test_add_layer_norm(record, tmp_path, target, dtype, features):
         launches = record(layer_norm, "forward", *arguments)
         assert len(launches["_norm_kernel"]) == 1
         check(launches, target, tmp_path)
+
+
+@TARGETS
+@pytest.mark.parametrize("features, dtype", [(768, BF16), (4096, FP32), (100, FP64)], ids=str)
+def test_lazy_adam(record, tmp_path, target, dtype, features):
+    table, rows = meta(30000, features, dtype=dtype), meta(500, dtype=torch.int64)
+    launches = record(
+        *(adam, "step_", table, table, table, meta(1), rows, meta(500, features, dtype=dtype)),
+        *(1e-3, 0.9, 0.999, 1e-8),
+    )
+    assert len(launches["_step_kernel"]) == 1
+    check(launches, target, tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of token selection and add_layer_norm, on a GPU or, by
+"""The Triton kernels of token selection, add_layer_norm and lazy_adam, on a GPU or, by
 test_triton_interpreter.py, on the CPU."""
 
 import math
@@ -24,6 +24,7 @@ from lean_kernels.ops import (  # noqa: E402
     add_layer_norm,
     compact_tokens,
     gather_tokens,
+    lazy_adam_,
     scatter_tokens,
     select_tokens,
 )
@@ -176,3 +177,31 @@ def test_add_layer_norm_of_no_rows_and_of_rows_out_of_bounds():
     indices = torch.tensor([0, -1, 4, 3], device=DEVICE)
     y = triton.forward(x, None, weight, None, indices, 1e-5)
     assert y[[1, 2]].isnan().all() and y[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 1), (9, 5), (9, 2, 50), (9, 1500)], ids=str)
+def test_lazy_adam(shape, dtype):
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-13, torch.float16: 2**-11}[dtype]
+    rows, step = torch.tensor([8, 0, 3], device=DEVICE), torch.tensor(3.0, device=DEVICE)
+    values = draw(3, *shape[1:], seed=5).to(dtype)
+    grad = torch.sparse_coo_tensor(rows[None], values, shape, check_invariants=True)
+    before = [draw(*shape, seed=i).to(dtype).abs() for i in range(3)]
+    for betas in ((0.9, 0.999), (0.0, 0.5)):
+        ours, wide = [t.clone() for t in before], [t.double() for t in before]
+        options = {"lr": 0.1, "betas": betas, "eps": 1e-4}
+        lazy_adam_(ours[0], grad, *ours[1:], step, **options, impl="triton")
+        lazy_adam_(wide[0], grad.double(), *wide[1:], step, **options, impl="reference")
+        for a, b in zip(ours, wide, strict=True):
+            assert ((a.double() - b).abs() <= tolerance * (1 + b.abs())).all()
+
+
+def test_lazy_adam_leaves_out_rows_out_of_bounds():
+    from lean_kernels.ops.lazy_adam import triton
+
+    table, rows = draw(4, 8), torch.tensor([-1, 4, 2], device=DEVICE)
+    moved = table.clone()
+    moments = torch.zeros_like(table), torch.zeros_like(table)
+    one = torch.ones((), device=DEVICE)
+    triton.step_(moved, *moments, one, rows, draw(3, 8, seed=1), 0.1, 0.9, 0.999, 1e-8)
+    assert (moved != table).any(1).tolist() == [False, False, True, False]

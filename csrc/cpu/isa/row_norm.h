@@ -78,6 +78,25 @@ LK_INLINE A squared_distance(const A* row, A center, int64_t features) {
   });
 }
 
+// Narrows and stores one value, or a vector of them.
+template <class V, class S>
+LK_INLINE void write(S* p, V v) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    narrow(v, p);
+  } else {
+    store_narrow(p, v);
+  }
+}
+
+// visit(i, kind) for every feature.
+template <class A, class Visit>
+LK_INLINE void each_feature(int64_t features, Visit visit) {
+  constexpr int W = kLanes<A>;
+  int64_t i = 0;
+  for (; i + W <= features; i += W) visit(i, Vec<A>{});
+  for (; i < features; ++i) visit(i, A{});
+}
+
 struct FetchNothing {
   void operator()(int64_t) const {}
 };

@@ -201,7 +201,7 @@ def ngram_embedding_bag(
         scales: float32 [V], what the rows of an int8 table are multiplied by.
         padding_idx: a row that is left out, of counts too, as in torch.nn.EmbeddingBag.
         sparse: give the table's gradient as a coalesced sparse COO tensor of the rows that occur,
-            for torch.optim.SparseAdam and the like, instead of a dense [V, D].
+            for lk.optim.LazyAdam and the like, instead of a dense [V, D].
         impl: "reference", "cpu", "triton", or None for the best one of the device.
 
     Returns:

@@ -11,14 +11,12 @@ Nothing here waits for the device as long as `total` is given. cu_seqlens is cla
 and rows with indices out of bounds are zero, so no input makes a kernel leave its tensors.
 """
 
-import struct
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lean_kernels.ops._triton import check_device
+from lean_kernels.ops._triton import check_device, float64_bits, float64_of
 
 BLOCK = 256  # tokens a program looks at together; most sequences are one such tile
 _SLOTS = 4  # tensors of one gather launch
@@ -31,12 +29,6 @@ def _bounds(cu_ptr, sequence, tokens):
     begin = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), tokens)
     end = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence + 1), begin), tokens)
     return begin, end
-
-
-@triton.jit
-def _value(bits):
-    """The float64 with these bits: a float argument would be rounded to float32."""
-    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -88,12 +80,12 @@ def _count_kernel(
         keep = _protected(protect_ptr, begin, i, live)
         if THRESHOLD:
             score = tl.load(scores_ptr + i, mask=live, other=float("nan"))
-            keep = keep | (score >= _value(value_bits).to(score.dtype))
+            keep = keep | (score >= float64_of(value_bits).to(score.dtype))
         guarded += (live & keep).to(tl.int32)
     count = tl.sum(guarded, axis=0)
     if not THRESHOLD:
         if wanted_ptr is None:
-            wanted = tl.ceil(length.to(tl.float64) * _value(value_bits) - SLACK).to(tl.int32)
+            wanted = tl.ceil(length.to(tl.float64) * float64_of(value_bits) - SLACK).to(tl.int32)
             wanted = tl.minimum(tl.maximum(wanted, 1), length)
         else:
             wanted = tl.minimum(tl.maximum(tl.load(wanted_ptr + b), 0), length)
@@ -155,7 +147,7 @@ def _select_kernel(
         live = i < end
         if THRESHOLD:
             score = tl.load(scores_ptr + i, mask=live, other=float("nan"))
-            above = score >= _value(value_bits).to(score.dtype)
+            above = score >= float64_of(value_bits).to(score.dtype)
             keep = live & (_protected(protect_ptr, begin, i, live) | above)
         else:
             keys = _keys(scores_ptr, protect_ptr, begin, i, live, MOST)
@@ -360,7 +352,7 @@ def select(
     kept = torch.zeros(sequences + 1, dtype=torch.int32, device=scores.device)
     threshold = mode == _THRESHOLD
     options = {"THRESHOLD": threshold, "BLOCK": BLOCK}
-    (value_bits,) = struct.unpack("<q", struct.pack("<d", value))
+    value_bits = float64_bits(value)
     if sequences:
         with torch.cuda.device_of(scores):
             _count_kernel[(sequences,)](
