@@ -16,8 +16,10 @@ threshold = 0.3
 
 import difflib
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from lean_kernels._checks import MOST, check_bool, check_choice, check_fraction, listed, settings
 from lean_kernels.embedding_rule import EmbeddingRule
@@ -31,6 +33,7 @@ else:
 
 MOST_SIDE = 1 << 16  # of a block; what the kernels take
 _SECTIONS = ("linear", "embedding", "tokens", "exits")
+_BARE_GLOB = re.compile(rb"^\s*\[(linear|embedding)\.[^\"'\]]*[*?]", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -253,11 +256,13 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: str | os.PathLike) -> "Recipe":
         """Read a recipe file. Raises ValueError for what is not TOML or not a recipe."""
-        with open(path, "rb") as file:
-            try:
-                content = tomllib.load(file)
-            except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-                raise ValueError(f"{os.fspath(path)}: not valid TOML: {error}") from None
+        text = Path(path).read_bytes()
+        try:
+            content = tomllib.loads(text.decode())
+        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+            bare = _BARE_GLOB.search(text)
+            hint = f'; a glob needs quotes: [{bare[1].decode()}."..."]' if bare else ""
+            raise ValueError(f"{os.fspath(path)}: not valid TOML: {error}{hint}") from None
         try:
             return cls.from_dict(content)
         except ValueError as error:

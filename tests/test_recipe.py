@@ -164,6 +164,9 @@ def test_unreadable_files_are_named(tmp_path):
     path.write_text("[linear")
     with pytest.raises(ValueError, match=r"recipe.toml: not valid TOML: "):
         Recipe.from_toml(path)
+    path.write_text("[linear.encoder.layer.*.dense]\ndensity = 0.5")
+    with pytest.raises(ValueError, match=r'a glob needs quotes: \[linear\."\.\.\."\]'):
+        Recipe.from_toml(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"recipe.toml: not valid TOML: "):
         Recipe.from_toml(path)
