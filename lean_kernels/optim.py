@@ -21,7 +21,8 @@ class LazyAdam(torch.optim.Adam):
         weight_decay: decoupled, as in torch.optim.AdamW, and for dense gradients alone.
 
     Dense gradients go through torch's fused kernel. The state has torch.optim.Adam's names and
-    shapes, so either loads the other's `state_dict`.
+    shapes, so either loads the other's `state_dict`. torch.nn.utils.clip_grad_norm_ does not take
+    sparse gradients, whatever the optimizer: clip the dense ones alone.
 
     Raises:
         ValueError: a tensor for lr or betas; a sparse gradient where weight_decay is not 0, or one
