@@ -197,7 +197,7 @@ void product_bytes_by(const Product& p, const Range& t, void* scratch) {
   float* scales = reinterpret_cast<float*>(xs + panel_bytes(p, rows, 1));
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
   each_panel(rows, [&](int64_t at, int64_t height) {
-    quantise_rows<0>(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, scales + rows,
+    quantise_rows<0>(x + at * p.ldx, p.ldx, height, p.in_features, padded_inputs(p), w.block_in,
                      xs + at / kTileRows * x_panel, kTileRows, scales + at);
   });
   const TileRegisters registers(depth);
@@ -218,7 +218,13 @@ void product_bytes_by(const Product& p, const Range& t, void* scratch) {
         const int64_t height = min_of<int64_t>(2 * kTileRows, rows - at);
         walk.x = reinterpret_cast<const char*>(xs) + at / kTileRows * x_panel;
         sum_rows<int32_t, B>(walk, height, zeros, sums);
-        epilogue.write(sums, scales + at, t.row_begin + at, height);
+        epilogue.write(t.row_begin + at, height, [&](float* to, int64_t ldt) {
+          for (int64_t r = 0; r < height; ++r)
+            for (int v = 0; v < B; ++v)
+              store(to + r * ldt + v * kStrip,
+                    scaled(load(sums + (r * B + v) * kStrip), load(epilogue.factor + v * kStrip),
+                           scales[at + r], load(epilogue.bias + v * kStrip)));
+        });
       }
     }
   }
@@ -241,7 +247,7 @@ template <Dtype kDtype>
 size_t bytes_scratch(const Product& p, int64_t rows) {
   if (!fits_tiles(p.w, 1))
     return LEAN_KERNELS_ISA::block_sparse_int8[kDtype].product_scratch(p, rows);
-  return panel_bytes(p, rows, 1) + 4 * (rows + p.in_features);  // scales, a widened row
+  return panel_bytes(p, rows, 1) + 4 * rows;  // and scales
 }
 
 RowSplit pairs_rows(const Product& p) {

@@ -78,10 +78,17 @@ struct Entries8 {
   int64_t block_in;
 };
 
-// sums [R][V vectors] = init + the products of R rows of a panel. kParts sums run side by side where
-// few rows leave the multiplier idle.
-template <int R, int V, int kParts>
-void tile_int8(const Entries8& e, const uint8_t* x, const Ints* init, int32_t* sums) {
+// What turns sums of a strip into floats.
+template <int V>
+struct Scaling {
+  Vec<float> factor[V], bias[V];
+};
+
+// out [R, V vectors] = (init + the products of a panel [inputs / D][R][D]) scaled. kParts sums run
+// side by side where few rows leave the multiplier idle.
+template <int R, int V, int D, int kParts>
+void tile_int8(const Entries8& e, const uint8_t* x, const Ints* init, const Scaling<V>& by,
+               const float* scales, float* out, int64_t ldo) {
   Ints acc[kParts][R][V];
 #pragma GCC unroll 4
   for (int p = 0; p < kParts; ++p)
@@ -92,63 +99,85 @@ void tile_int8(const Entries8& e, const uint8_t* x, const Ints* init, int32_t* s
   for (int64_t i = 0; i < e.count; ++i) {
     const uint8_t* xb = x + e.index[i] * (R * e.block_in);
     const int8_t* wk = e.w + i * e.block;
-    for (int64_t k = 0; k < e.block_in; k += 4 * kParts)
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < e.block_in; k += D, xb += R * D)
+#pragma GCC unroll 1
+      for (int d = 0; d < D; d += 4 * kParts)
 #pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p, wk += e.w_step) {
-        const Weights w[2] = {Weights(wk), Weights(wk + (V - 1) * 4 * kLanes32)};
+        for (int p = 0; p < kParts; ++p, wk += e.w_step) {
+          const Weights w[2] = {Weights(wk), Weights(wk + (V - 1) * 4 * kLanes32)};
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          const int32_t four = four_bytes(xb + r * e.block_in + k + 4 * p);
+          for (int r = 0; r < R; ++r) {
+            const int32_t four = four_bytes(xb + r * D + d + 4 * p);
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v)
-            acc[p][r][v] = add_products(acc[p][r][v], w[v], four);
+            for (int v = 0; v < V; ++v)
+              acc[p][r][v] = add_products(acc[p][r][v], w[v], four);
+          }
         }
-      }
   }
+  const Scaling<V> scaling = by;  // which `out` cannot change
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    const float scale = scales[r];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       Ints sum = acc[0][r][v];
 #pragma GCC unroll 4
       for (int p = 1; p < kParts; ++p) sum += acc[p][r][v];
-      store(sums + (r * V + v) * kLanes32, sum);
+      store(out + r * ldo + v * kLanes32, scaled(sum, scaling.factor[v], scale, scaling.bias[v]));
     }
+  }
 }
 
-using TileInt8 = void (*)(const Entries8&, const uint8_t*, const Ints*, int32_t*);
+template <int V>
+using TileInt8 = void (*)(const Entries8&, const uint8_t*, const Ints*, const Scaling<V>&,
+                          const float*, float*, int64_t);
 
-template <int V, int R>
-TileInt8 tile_int8_of_height(int64_t rows, int64_t block_in) {
+template <int V, int D, int R>
+TileInt8<V> tile_of_height(int64_t rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    constexpr int kParts = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    if (rows != R) return tile_int8_of_height<V, R - 1>(rows, block_in);
-    return block_in % (4 * kParts) == 0 ? tile_int8<R, V, kParts> : tile_int8<R, V, 1>;
+    constexpr int kParts = D < 16 ? 1 : R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    return rows == R ? tile_int8<R, V, D, kParts> : tile_of_height<V, D, R - 1>(rows);
   }
+}
+
+// Inputs of a row that lie together in a panel.
+int64_t panel_depth(const BlockMatrix& w) {
+  return w.block_in % 32 == 0 ? 32 : w.block_in % 16 == 0 ? 16 : 4;
+}
+template <int V>
+TileInt8<V> tile_for(int64_t rows, int64_t depth) {
+  return depth == 32   ? tile_of_height<V, 32, kWideRows>(rows)
+         : depth == 16 ? tile_of_height<V, 16, kWideRows>(rows)
+                       : tile_of_height<V, 4, kWideRows>(rows);
 }
 
 // -128 times the sum of each output's weights.
 template <int V>
 void correction(const Entries8& e, Ints* init) {
+  constexpr int kChains = 4;
+  Ints sum[kChains][V] = {};
+  const auto add = [&](Ints* sums, const int8_t* w) {
 #pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) {
-    Ints sum = {};
-    for (int64_t i = 0; i < e.count; ++i)
-      for (int64_t k = 0; k < e.block_in / 4; ++k)
-        sum = add_products(sum, Weights(e.w + i * e.block + k * e.w_step + 4 * v * kLanes32),
-                           0x01010101);
-    init[v] = sum * -128;
+    for (int v = 0; v < V; ++v)
+      sums[v] = add_products(sums[v], Weights(w + 4 * v * kLanes32), 0x01010101);
+  };
+  for (int64_t i = 0; i < e.count; ++i) {
+    const int8_t *w = e.w + i * e.block, *end = w + e.block_in / 4 * e.w_step;
+    for (; w + kChains * e.w_step <= end; w += kChains * e.w_step)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) add(sum[c], w + c * e.w_step);
+    for (; w < end; w += e.w_step) add(sum[0], w);
   }
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) init[v] = (sum[0][v] + sum[1][v] + sum[2][v] + sum[3][v]) * -128;
 }
-
-constexpr int kInt8Rows = kWideRows;
 
 template <class S>
 size_t int8_scratch(const Product& p, int64_t rows) {
-  // Panels, scales, a widened row.
-  return size_t(ceil_div(rows * padded_inputs(p), 64) * 64 + 4 * rows + 4 * p.in_features + 256);
+  return size_t(ceil_div(rows * padded_inputs(p), 64) * 64 + 4 * rows);  // panels, scales
 }
 
 template <class S, int V>
@@ -156,20 +185,22 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
   constexpr int kStrip = V * kLanes32;
   const BlockMatrix& w = p.w;
   const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
-  const Panels panels(rows, kInt8Rows);
+  const int64_t depth = panel_depth(w);
+  const Panels panels(rows, kWideRows);
   uint8_t* xs = static_cast<uint8_t*>(scratch);
   float* scales = reinterpret_cast<float*>(xs + ceil_div(rows * inputs, 64) * 64);
-  float* wide = scales + rows;
   const S* x = static_cast<const S*>(p.x) + t.row_begin * p.ldx;
-  for (int64_t i = 0, at = 0; i < panels.count; ++i) {
-    const int64_t height = panels.height + (i < panels.taller);
-    quantise_rows<128>(x + at * p.ldx, p.ldx, height, p.in_features, w.block_in, wide,
-                  xs + at * inputs, height, scales + at);
-    at += height;
-  }
-  const TileInt8 run_taller = tile_int8_of_height<V, kInt8Rows>(panels.height + 1, w.block_in);
-  const TileInt8 run_rest = tile_int8_of_height<V, kInt8Rows>(panels.height, w.block_in);
-  int32_t sums[kInt8Rows * kStrip];
+  const auto pack = [&](auto depth) {
+    for (int64_t i = 0, at = 0; i < panels.count; ++i) {
+      const int64_t height = panels.height + (i < panels.taller);
+      quantise_rows<128>(x + at * p.ldx, p.ldx, height, p.in_features, inputs, depth,
+                         xs + at * inputs, height, scales + at);
+      at += height;
+    }
+  };
+  depth == 32 ? pack(std::integral_constant<int64_t, 32>()) : pack(depth);
+  const TileInt8<V> run_taller = tile_for<V>(panels.height + 1, depth);
+  const TileInt8<V> run_rest = tile_for<V>(panels.height, depth);
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g];
     Entries8 e{w.index + begin, w.ptr[g + 1] - begin, nullptr, w.block_stride, w.in_stride,
@@ -181,6 +212,11 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
       e.w = static_cast<const int8_t*>(w.values) + begin * w.block_stride + 4 * o;
       Ints init[V];
       correction<V>(e, init);
+      Scaling<V> by;
+      for (int v = 0; v < V; ++v) {
+        by.factor[v] = load(epilogue.factor + v * kLanes32);
+        by.bias[v] = load(epilogue.bias + v * kLanes32);
+      }
       for (int64_t i = 0, at = 0; i < panels.count; ++i) {
         const bool taller = i < panels.taller;
         const int64_t height = panels.height + taller, row = t.row_begin + at;
@@ -192,8 +228,9 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
             __builtin_prefetch(ahead + r * p.ldy + c, 1);
         if (const S* residual = epilogue.residual(row))
           for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
-        (taller ? run_taller : run_rest)(e, xs + at * inputs, init, sums);
-        epilogue.write(sums, scales + at, row, height);
+        epilogue.write(row, height, [&](float* to, int64_t ldt) {
+          (taller ? run_taller : run_rest)(e, xs + at * inputs, init, by, scales + at, to, ldt);
+        });
         at += height;
       }
     }
