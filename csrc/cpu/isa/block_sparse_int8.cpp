@@ -220,12 +220,6 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
       for (int64_t i = 0, at = 0; i < panels.count; ++i) {
         const bool taller = i < panels.taller;
         const int64_t height = panels.height + taller, row = t.row_begin + at;
-        // The next tile's output lines: the panel below, or the first one of the next strip.
-        const S* y = epilogue.y(row);
-        const S* ahead = i + 1 < panels.count ? y + height * p.ldy : y + kStrip - at * p.ldy;
-        for (int64_t r = 0; r < height; ++r)
-          for (int64_t c = 0; c < kStrip; c += 64 / int64_t(sizeof(S)))
-            __builtin_prefetch(ahead + r * p.ldy + c, 1);
         if (const S* residual = epilogue.residual(row))
           for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
         epilogue.write(row, height, [&](float* to, int64_t ldt) {
