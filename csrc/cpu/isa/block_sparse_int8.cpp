@@ -78,6 +78,10 @@ struct Entries8 {
   int64_t block_in;
 };
 
+constexpr int kFewRows = kWideRows < 8 ? kWideRows : 8;  // for which weights have to be fetched
+constexpr int64_t kAhead = 2048;  // bytes of weights asked for ahead
+constexpr int32_t kOnes = 0x01010101;
+
 // What turns sums of a strip into floats.
 template <int V>
 struct Scaling {
@@ -85,17 +89,19 @@ struct Scaling {
 };
 
 // out [R, V vectors] = (init + the products of a panel [inputs / D][R][D]) scaled. kParts sums run
-// side by side where few rows leave the multiplier idle.
-template <int R, int V, int D, int kParts>
+// side by side where few rows leave the multiplier idle. Without init, weights are summed as they
+// pass: a pass of its own over many weights would take longer than few rows do.
+template <int R, int V, int D, int kParts, bool kInit>
 void tile_int8(const Entries8& e, const uint8_t* x, const Ints* init, const Scaling<V>& by,
                const float* scales, float* out, int64_t ldo) {
-  Ints acc[kParts][R][V];
+  constexpr int kSums = kInit ? R : R + 1;  // the last of the weights alone
+  Ints acc[kParts][kSums][V];
 #pragma GCC unroll 4
   for (int p = 0; p < kParts; ++p)
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < kSums; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[p][r][v] = p ? Ints{} : init[v];
+      for (int v = 0; v < V; ++v) acc[p][r][v] = p || !kInit ? Ints{} : init[v];
   for (int64_t i = 0; i < e.count; ++i) {
     const uint8_t* xb = x + e.index[i] * (R * e.block_in);
     const int8_t* wk = e.w + i * e.block;
@@ -106,24 +112,34 @@ void tile_int8(const Entries8& e, const uint8_t* x, const Ints* init, const Scal
 #pragma GCC unroll 4
         for (int p = 0; p < kParts; ++p, wk += e.w_step) {
           const Weights w[2] = {Weights(wk), Weights(wk + (V - 1) * 4 * kLanes32)};
+          if constexpr (!kInit)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) __builtin_prefetch(wk + kAhead + 4 * v * kLanes32);
 #pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) {
-            const int32_t four = four_bytes(xb + r * D + d + 4 * p);
+          for (int r = 0; r < kSums; ++r) {
+            const int32_t four = r < R ? four_bytes(xb + r * D + d + 4 * p) : kOnes;
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v)
               acc[p][r][v] = add_products(acc[p][r][v], w[v], four);
           }
         }
   }
+  const auto total = [&](int r, int v) {
+    Ints sum = acc[0][r][v];
+#pragma GCC unroll 4
+    for (int p = 1; p < kParts; ++p) sum += acc[p][r][v];
+    return sum;
+  };
+  Ints less[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) less[v] = kInit ? Ints{} : total(kSums - 1, v) * 128;
   const Scaling<V> scaling = by;  // which `out` cannot change
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     const float scale = scales[r];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      Ints sum = acc[0][r][v];
-#pragma GCC unroll 4
-      for (int p = 1; p < kParts; ++p) sum += acc[p][r][v];
+      const Ints sum = kInit ? total(r, v) : total(r, v) - less[v];
       store(out + r * ldo + v * kLanes32, scaled(sum, scaling.factor[v], scale, scaling.bias[v]));
     }
   }
@@ -133,14 +149,19 @@ template <int V>
 using TileInt8 = void (*)(const Entries8&, const uint8_t*, const Ints*, const Scaling<V>&,
                           const float*, float*, int64_t);
 
-template <int V, int D, int R>
+template <int V, int D, bool kInit, int R>
 TileInt8<V> tile_of_height(int64_t rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
     constexpr int kParts = D < 16 ? 1 : R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    return rows == R ? tile_int8<R, V, D, kParts> : tile_of_height<V, D, R - 1>(rows);
+    return rows == R ? tile_int8<R, V, D, kParts, kInit> : tile_of_height<V, D, kInit, R - 1>(rows);
   }
+}
+template <int V, int D>
+TileInt8<V> tile_of_height(int64_t rows, bool init) {
+  return init ? tile_of_height<V, D, true, kWideRows>(rows)
+              : tile_of_height<V, D, false, kFewRows>(rows);
 }
 
 // Inputs of a row that lie together in a panel.
@@ -148,10 +169,10 @@ int64_t panel_depth(const BlockMatrix& w) {
   return w.block_in % 32 == 0 ? 32 : w.block_in % 16 == 0 ? 16 : 4;
 }
 template <int V>
-TileInt8<V> tile_for(int64_t rows, int64_t depth) {
-  return depth == 32   ? tile_of_height<V, 32, kWideRows>(rows)
-         : depth == 16 ? tile_of_height<V, 16, kWideRows>(rows)
-                       : tile_of_height<V, 4, kWideRows>(rows);
+TileInt8<V> tile_for(int64_t rows, int64_t depth, bool init) {
+  return depth == 32   ? tile_of_height<V, 32>(rows, init)
+         : depth == 16 ? tile_of_height<V, 16>(rows, init)
+                       : tile_of_height<V, 4>(rows, init);
 }
 
 // -128 times the sum of each output's weights.
@@ -162,7 +183,7 @@ void correction(const Entries8& e, Ints* init) {
   const auto add = [&](Ints* sums, const int8_t* w) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
-      sums[v] = add_products(sums[v], Weights(w + 4 * v * kLanes32), 0x01010101);
+      sums[v] = add_products(sums[v], Weights(w + 4 * v * kLanes32), kOnes);
   };
   for (int64_t i = 0; i < e.count; ++i) {
     const int8_t *w = e.w + i * e.block, *end = w + e.block_in / 4 * e.w_step;
@@ -199,8 +220,13 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
     }
   };
   depth == 32 ? pack(std::integral_constant<int64_t, 32>()) : pack(depth);
-  const TileInt8<V> run_taller = tile_for<V>(panels.height + 1, depth);
-  const TileInt8<V> run_rest = tile_for<V>(panels.height, depth);
+  // Whether y has to come from beyond L2; asking for lines that are there takes time.
+  constexpr int64_t kNearBytes = 512 << 10;
+  const int64_t outputs = (t.group_end - t.group_begin) * w.block_out;
+  const bool far = rows * outputs * int64_t(sizeof(S)) > kNearBytes;
+  const bool init_apart = panels.count > 1 || rows > kFewRows;
+  const TileInt8<V> run_taller = tile_for<V>(panels.height + 1, depth, init_apart);
+  const TileInt8<V> run_rest = tile_for<V>(panels.height, depth, init_apart);
   for (int64_t g = t.group_begin; g < t.group_end; ++g) {
     const int64_t begin = w.ptr[g];
     Entries8 e{w.index + begin, w.ptr[g + 1] - begin, nullptr, w.block_stride, w.in_stride,
@@ -211,7 +237,7 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
       const Int8Epilogue<S, V> epilogue(p, out);
       e.w = static_cast<const int8_t*>(w.values) + begin * w.block_stride + 4 * o;
       Ints init[V];
-      correction<V>(e, init);
+      if (init_apart) correction<V>(e, init);
       Scaling<V> by;
       for (int v = 0; v < V; ++v) {
         by.factor[v] = load(epilogue.factor + v * kLanes32);
@@ -220,6 +246,13 @@ void product_int8_by(const Product& p, const Range& t, void* scratch) {
       for (int64_t i = 0, at = 0; i < panels.count; ++i) {
         const bool taller = i < panels.taller;
         const int64_t height = panels.height + taller, row = t.row_begin + at;
+        if (far) {  // the next tile's lines: the panel below, or the first one of the next strip
+          const S* y = epilogue.y(row);
+          const S* ahead = i + 1 < panels.count ? y + height * p.ldy : y + kStrip - at * p.ldy;
+          for (int64_t r = 0; r < height; ++r)
+            for (int64_t c = 0; c < kStrip; c += 64 / int64_t(sizeof(S)))
+              __builtin_prefetch(ahead + r * p.ldy + c, 1);
+        }
         if (const S* residual = epilogue.residual(row))
           for (int64_t r = 0; r < height; ++r) __builtin_prefetch(residual + r * p.ldr);
         epilogue.write(row, height, [&](float* to, int64_t ldt) {
