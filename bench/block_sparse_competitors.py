@@ -10,6 +10,8 @@ Layers are called as users call them. Modes, all but forward_backward under torc
     epilogue             ours only: what the fused epilogues add to the bare product
     scaling              ours and dense, on one thread and on all threads of the run
     int8                 forward with int8 weights: ours unrounded, dense, and dense int8 layers
+    few_rows             forward, torch.sparse, and torch summing as many bytes as the kept blocks
+    few_rows_int8        the same with int8 weights
 
 Ideal is 1 / density, with the density the rounded mask has.
 """
@@ -146,6 +148,10 @@ class _Problem:
         of_x = steps_x.sum() * w.square().sum()
         of_w = (x.square() @ (w != 0).double().t() @ steps_w).sum()
         return float(((of_x + of_w) / 12 / (x @ w.t()).square().sum()).sqrt())
+
+    def int8_tolerance(self, unrounded: float) -> float:
+        # Errors of one row of x or of W go together, so that a few rows scatter about their mean.
+        return 1.5 * self.rounding_error() + unrounded
 
 
 def _compiled(function: Callable, *arguments: Tensor) -> Callable[[], Tensor]:
@@ -286,13 +292,25 @@ def _int8(p: _Problem) -> dict[str, Competitor]:
     expected = p.expected()
     lean, wide, dense = p.lean(bias=False, weight_dtype="int8"), p.lean(bias=False), p.linear(False)
     unrounded, theirs = p.tolerances(lambda: dense(p.x), expected)
-    # Errors of one row of x or of W go together, so that a few rows scatter about their mean.
-    ours = 1.5 * p.rounding_error() + unrounded
     return {
-        "lean": Competitor(lambda: lean(p.x), expected, ours),
+        "lean": Competitor(lambda: lean(p.x), expected, p.int8_tolerance(unrounded)),
         f"lean {p.config.dtype}": Competitor(lambda: wide(p.x), expected, unrounded),
         "dense": Competitor(lambda: dense(p.x), expected, theirs),
     } | {name: Competitor(call, expected, BROKEN_INT8) for name, call in _dense_int8(p).items()}
+
+
+def _few_rows(p: _Problem) -> dict[str, Competitor]:
+    expected, dense, is_int8 = p.expected(), p.linear(False), p.config.mode == "few_rows_int8"
+    lean = p.lean(bias=False, weight_dtype="int8" if is_int8 else None)
+    unrounded, theirs = p.tolerances(lambda: dense(p.x), expected)
+    ours = p.int8_tolerance(unrounded) if is_int8 else unrounded
+    weight = p.trained[0]
+    array = torch.ones(weight.numel() * weight.element_size() // 4, device=p.options.device)
+    total = (torch.tensor(float(array.numel())),)
+    return {
+        "lean": Competitor(lambda: lean(p.x), expected, ours),
+        "reading": Competitor(array.sum, total, BROKEN[torch.float32]),
+    } | {name: Competitor(call, expected, theirs) for name, call in _torch_bsr(p).items()}
 
 
 MODES = {
@@ -303,6 +321,8 @@ MODES = {
     "epilogue": _epilogue,
     "scaling": _scaling,
     "int8": _int8,
+    "few_rows": _few_rows,
+    "few_rows_int8": _few_rows,
 }
 
 
@@ -317,7 +337,7 @@ def prepare(config: Config, options: Options) -> Workload:
     return Workload(
         competitors,
         flops=problem.flops * (3 if backward else 1),
-        dtype="int8" if config.mode == "int8" else config.dtype,
+        dtype="int8" if "int8" in config.mode else config.dtype,
         ideal=1 / problem.density,
         facts={"density": problem.density},
         grad=backward,

@@ -129,6 +129,20 @@ REQUIREMENTS = (
         _at(2.5),
     ),
     Requirement(
+        "M = 1 to 8, kept blocks beyond the caches, of the speed torch sums as many bytes at",
+        "0.8",
+        lambda: _few_rows(),
+        _ratio("reading"),
+        _at(0.8),
+    ),
+    Requirement(
+        "the same over torch.sparse BSR (F.linear)",
+        "4",
+        lambda: _few_rows(),
+        _ratio("BSR F.linear"),
+        _at(4),
+    ),
+    Requirement(
         "second core over one",
         "1.85",
         lambda: _large((128,), density=0.2, mode="scaling"),
@@ -141,6 +155,16 @@ REQUIREMENTS = (
 def _epilogues() -> list[Config]:
     shapes = tuple(shape for shape in SHAPES if pair(shape)[1] == 768)
     return _grid(shape=shapes, m=(128, 512), block=LARGE_BLOCKS, mode="epilogue")
+
+
+def _few_rows() -> list[Config]:
+    # Kept blocks of 134 MB in float32, 67 MB in int8.
+    modes = (("few_rows", "16384x4096"), ("few_rows_int8", "32768x4096"))
+    return [
+        config
+        for mode, shape in modes
+        for config in _grid(shape=shape, m=(1, 4, 8), density=0.5, mode=mode)
+    ]
 
 
 def _numbers() -> list[Config]:
