@@ -15,9 +15,9 @@ from lean_kernels.ops.block_sparse_linear import bsr, reference
 # One of each loop nest of the CPU kernels, whatever the vector length, and its edges.
 BLOCKS = [
     *((16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (64, 16)),
-    *((1, 16), (16, 1), (4, 16), (2, 48), (3, 5), (20, 12), (8, 8), (1, 1)),
+    *((1, 16), (1, 32), (16, 1), (4, 16), (8, 32), (2, 48), (3, 5), (20, 12), (8, 8), (1, 1)),
 ]
-FEW_BLOCKS = [(32, 32), (16, 16), (8, 24), (4, 16), (2, 48), (1, 32), (20, 12), (3, 5)]
+FEW_BLOCKS = [(32, 32), (16, 16), (8, 24), (4, 16), (8, 32), (2, 48), (1, 32), (20, 12), (3, 5)]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, torch.float64, *HALVES]
 ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]

@@ -91,6 +91,65 @@ void sum_lanes_rows(const Weights<A>& w, int64_t begin, int64_t end, const A* x,
     }
 }
 
+#if defined(__AVX512F__)
+constexpr int kHeld = 16;   // inputs multiplied at once
+constexpr int kAtOnce = 4;  // outputs added to at once
+
+// sums[n] += x(i) w[n * ldw + i] over i < kHeld, in two chains each; lanes along rows.
+template <int N, class V, class X, class A>
+LK_INLINE void add_products(V (&sums)[N], const X& x, const A* w, int64_t ldw) {
+  V odd[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < kHeld; i += 2) {
+    const V even_x = x(i), odd_x = x(i + 1);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const A* wn = w + n * ldw + i;
+      sums[n] += even_x * wn[0];
+      odd[n] = i ? odd[n] + odd_x * wn[1] : odd_x * wn[1];
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) sums[n] += odd[n];
+}
+
+// The same, lanes along rows, for multiples of kHeld inputs and kAtOnce outputs, which share each x
+// they read. V: as many rows as are there, whole vectors or half. x: panel [input][W rows].
+template <class A, class V, int kBlockIn>
+void sum_at_once(const Weights<A>& w, int64_t begin, int64_t end, const A* x, int64_t, A* sums) {
+  constexpr int W = kLanes<A>;
+  typedef V Unaligned __attribute__((aligned(alignof(A)), may_alias));
+  const int64_t block_in = kBlockIn ? kBlockIn : w.block_in;
+  const int64_t ldw = kBlockIn ? kBlockIn : w.out_stride;
+  for (int64_t g = begin; g < end; ++g)
+    for (int64_t o = 0; o < w.block_out; o += kAtOnce, sums += kAtOnce * W) {
+      V acc[kAtOnce] = {};
+      for (int64_t e = w.ptr[g]; e < w.ptr[g + 1]; ++e) {
+        const A* xb = x + w.index[e] * (W * block_in);
+        const A* wb = w.block(e, o);
+        for (int64_t k = 0; k < block_in; k += kHeld, xb += kHeld * W)
+          add_products(
+              acc, [&](int i) -> V { return *reinterpret_cast<const Unaligned*>(xb + i * W); },
+              wb + k, ldw);
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < kAtOnce; ++n) *reinterpret_cast<Unaligned*>(sums + n * W) = acc[n];
+    }
+}
+#endif
+
+LK_INLINE bool sums_at_once(const BlockMatrix& w) {
+#if defined(__AVX512F__)  // with fewer registers no faster than lanes along inputs
+  return w.block_out % kAtOnce == 0 && w.block_in % kHeld == 0;
+#else
+  return false;
+#endif
+}
+template <class A>
+LK_INLINE bool lanes_in(const BlockMatrix& w) {
+  return w.block_in % kLanes<A> == 0 && !sums_at_once(w);
+}
+
 template <class A>
 using SumGroups = void (*)(const Weights<A>&, int64_t, int64_t, const A*, int64_t, A*);
 
@@ -99,15 +158,23 @@ SumGroups<A> sum_lanes_in_of(int64_t block_in) {
   return block_in == 16 ? sum_lanes_in<A, O, R, 16> : sum_lanes_in<A, O, R, 0>;
 }
 template <class A>
-SumGroups<A> sum_groups(int64_t rows, int64_t block_out, int64_t block_in) {
+SumGroups<A> sum_groups(const BlockMatrix& m, const Weights<A>& w, int64_t rows) {
   constexpr int W = kLanes<A>;
-  if (block_in % W != 0) return sum_lanes_rows<A>;
+#if defined(__AVX512F__)
+  if (sums_at_once(m)) {
+    typedef A Half __attribute__((vector_size(kVectorBytes / 2)));
+    const bool small = w.block_in == kHeld && w.out_stride == kHeld;
+    if (2 * rows <= W) return small ? sum_at_once<A, Half, kHeld> : sum_at_once<A, Half, 0>;
+    return small ? sum_at_once<A, Vec<A>, kHeld> : sum_at_once<A, Vec<A>, 0>;
+  }
+#endif
+  if (!lanes_in<A>(m)) return sum_lanes_rows<A>;
   if constexpr (W >= 4)
-    if (block_out % 4 == 0) return sum_lanes_in_of<A, 4, W / 4>(block_in);
-  if (block_out % 2 == 0) return sum_lanes_in_of<A, 2, W / 2>(block_in);
-  if (rows == 1) return sum_lanes_in_of<A, 1, 1>(block_in);
-  return 2 * rows <= W ? sum_lanes_in_of<A, 1, W / 2>(block_in)
-                       : sum_lanes_in_of<A, 1, W>(block_in);
+    if (w.block_out % 4 == 0) return sum_lanes_in_of<A, 4, W / 4>(w.block_in);
+  if (w.block_out % 2 == 0) return sum_lanes_in_of<A, 2, W / 2>(w.block_in);
+  if (rows == 1) return sum_lanes_in_of<A, 1, 1>(w.block_in);
+  return 2 * rows <= W ? sum_lanes_in_of<A, 1, W / 2>(w.block_in)
+                       : sum_lanes_in_of<A, 1, W>(w.block_in);
 }
 
 // x rows of one panel as [inputs][W]: columns past the edge are zero, rows repeat the last one.
@@ -155,6 +222,7 @@ void finish_sums(const Product& p, const A* sums, int64_t row, int64_t rows, int
   for (int64_t n = 0; n < outputs; n += kOutputs, first += kOutputs, sums += kOutputs * W) {
     A tile[W * kOutputs];
     const int64_t cols = min_of<int64_t>(kOutputs, outputs - n);
+    const bool direct = cols == kOutputs && rows == W && !p.activation && !residual;
     for (int64_t half = 0; half < kOutputs; half += W) {
       Vec<A> v[W];
       for (int i = 0; i < W; ++i) {
@@ -163,8 +231,13 @@ void finish_sums(const Product& p, const A* sums, int64_t row, int64_t rows, int
           v[i] += splat(A(widen(static_cast<const S*>(p.bias)[first + half + i])));
       }
       transpose<A>(v);
-      for (int i = 0; i < W; ++i) store(tile + i * kOutputs + half, v[i]);
+      if (direct) {
+        for (int i = 0; i < W; ++i) store_narrow(y + i * p.ldy + first + half, v[i]);
+      } else {
+        for (int i = 0; i < W; ++i) store(tile + i * kOutputs + half, v[i]);
+      }
     }
+    if (direct) continue;
     finish(p.activation, tile, kOutputs, int(rows), cols, residual ? residual + first : nullptr,
            p.ldr, y + first, p.ldy);
   }
@@ -195,7 +268,7 @@ void product_few_outputs(const Product& p, const Range& t, void* scratch) {
   const BlockMatrix& w = p.w;
   const int64_t inputs = padded_inputs(p), rows = t.row_end - t.row_begin;
   const int64_t block = w.block_in * w.block_out;
-  const bool lanes_in = w.block_in % W == 0, packs = packs_few_outputs<S>(w);
+  const bool packs = packs_few_outputs<S>(w);
   A* xs = static_cast<A*>(scratch);
   A* sums = xs + ceil_div(rows, W) * W * inputs;
   A* packed = sums + sums_size<A>(w);
@@ -203,7 +276,7 @@ void product_few_outputs(const Product& p, const Range& t, void* scratch) {
   for (int64_t r = 0; r < rows; r += W) {
     const int64_t height = min_of<int64_t>(W, rows - r);
     A* panel = xs + r * inputs;
-    if (lanes_in) {
+    if (lanes_in<A>(w)) {
       if (height < W) memset(panel, 0, W * inputs * sizeof(A));
       pack_panel(x + r * p.ldx, p.ldx, height, p.in_features, w.block_in, panel, W);
     } else {
@@ -227,7 +300,7 @@ void product_few_outputs(const Product& p, const Range& t, void* scratch) {
     }
     for (int64_t r = 0; r < rows; r += W) {
       const int64_t height = min_of<int64_t>(W, rows - r);
-      const SumGroups<A> sum = sum_groups<A>(height, w.block_out, w.block_in);
+      const SumGroups<A> sum = sum_groups<A>(w, weights, height);
       for (int64_t g = strip, end; g < strip_end; g = end) {
         end = min_of(g + piece_groups(w), strip_end);
         sum(weights, g, end, xs + r * inputs, height, sums);
