@@ -41,6 +41,7 @@ Tensor low_rank_embedding(const Tensor&, const Tensor&, Maybe, const Tensor&, Ma
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_embedding_grad(
     const Tensor&, const Tensor&, const Tensor&, Maybe, const Tensor&, Maybe, int64_t, int64_t,
     bool, bool, bool, bool, bool);
+Tensor low_rank_logits(const Tensor&, const Tensor&, Maybe, Maybe, Maybe);
 Tensors ragged_attention(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Maybe, Maybe,
                          Maybe, int64_t, double, int64_t, int64_t, int64_t, bool, bool);
 Tensors ragged_attention_grad(const Tensor&, Maybe, const Tensor&, const Tensor&, const Tensor&,
@@ -73,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("lazy_adam_", TORCH_BOX(&lean_kernels::lazy_adam));
   m.impl("low_rank_embedding", TORCH_BOX(&lean_kernels::low_rank_embedding));
   m.impl("low_rank_embedding_grad", TORCH_BOX(&lean_kernels::low_rank_embedding_grad));
+  m.impl("low_rank_logits", TORCH_BOX(&lean_kernels::low_rank_logits));
   m.impl("ngram_embedding_bag", TORCH_BOX(&lean_kernels::ngram_embedding_bag));
   m.impl("ngram_embedding_bag_grad_rows", TORCH_BOX(&lean_kernels::ngram_embedding_bag_grad_rows));
   m.impl("ngram_embedding_bag_grad_table",

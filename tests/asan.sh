@@ -36,6 +36,7 @@ for isa in generic avx2 avx512 amx; do
   python -m pytest -q -x -p no:cacheprovider --capture=sys \
     -k "cpu and not opcheck and not compile and not gradcheck" \
     tests/ops/test_add_layer_norm.py tests/ops/test_low_rank_embedding.py \
+    tests/ops/test_low_rank_logits.py \
     tests/ops/test_ngram_embedding_bag.py tests/ops/test_ragged_attention.py \
     tests/ops/test_tensor_product_embedding.py tests/ops/test_tensor_train_embedding.py \
     tests/ops/test_token_selection.py

@@ -29,6 +29,22 @@ struct LowRankGrad {
   void* codes;            // [pieces, padded rank] accumulators; null: not needed
 };
 
+constexpr int64_t kLogitStrips = 8;
+
+// Logits x codesᵀ + bias + shift over a vocabulary.
+struct LowRankLogits {
+  const void* codes;    // [vocabulary, rank], as in LowRank
+  const float* scales;  // as in LowRank
+  const void* x;        // [rows, rank], unit stride within a row
+  const void* bias;     // [vocabulary] or null
+  const void* shift;    // [rows] or null
+  void* out;            // [rows, vocabulary]
+  int64_t vocabulary, rank, code_stride, rows, x_stride;
+  int64_t group;  // words multiplied by all rows before the next: strips, at most kLogitStrips
+
+  int64_t depth() const { return rank + (shift != nullptr); }
+};
+
 // In elements of accumulators.
 struct LowRankSizes {
   int64_t strips;       // the decoder is packed in
@@ -58,6 +74,12 @@ struct LowRankKernels {
   // Features [begin, end) of to [features, rank] = the sum of `count` of what `grad` makes.
   void (*sum_decoders)(const LowRank&, const void* decoders, int64_t count, int64_t begin,
                        int64_t end, void* to);
+  int64_t strip;  // words of a register tile
+  // x and shift in the order of `logits`, padded by a vector.
+  void (*pack_x)(const LowRankLogits&, void* packed);
+  // Columns [begin, end) of out; scratch for a group's codes, padded by a vector.
+  void (*logits)(const LowRankLogits&, const void* packed, int64_t begin, int64_t end,
+                 void* scratch);
 };
 
 }  // namespace lean_kernels

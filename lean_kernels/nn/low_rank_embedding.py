@@ -2,12 +2,12 @@
 """Drop-ins for nn.Embedding that keep a table as codes and a decoder."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lean_kernels.nn.compressed_embedding import CompressedEmbedding, TiledHead, table_of
 from lean_kernels.ops._row_norm import check_ids
 from lean_kernels.ops.low_rank_embedding import op
+from lean_kernels.ops.low_rank_embedding.logits import low_rank_logits
 
 
 class LowRankEmbedding(CompressedEmbedding):
@@ -139,24 +139,29 @@ class LowRankEmbedding(CompressedEmbedding):
 
     def fused(self, ids: Tensor, padding_idx: int | None, added=(), norm=None) -> Tensor:
         """`lookup`, then what the op can do besides: see `lean_kernels.ops.low_rank_embedding`."""
-        scales = None if self.scales is None else self.scales.float()  # .half() rounds buffers too
         check_ids(type(self).__name__, "ids", ids, self.codes.device)
         options = padding_idx, self.scale_grad_by_freq, self.sparse
         return op.apply(
-            ids, self.codes, scales, self.decoder, self.bias, self.activation, added, norm, options
-        )
+            ids, self.codes, self.float_scales(), self.decoder, self.bias, self.activation, added,
+            norm, options,
+        )  # fmt: skip
+
+    def float_scales(self) -> Tensor | None:
+        """`scales` as the ops take them: `.half()` narrows buffers too."""
+        return None if self.scales is None else self.scales.float()
 
     def tied_head(self, bias: Tensor | None = None) -> nn.Module:
         """The output projection hidden [..., D] -> logits [..., V] over the same parameters.
 
         Without an activation it is re-associated, (hidden decoder) codesᵀ + hidden · bias: D / rank
-        times less work and memory than the table. With one, and with int8 codes, rows of the table
-        are made a tile at a time and multiplied, which saves memory, not work.
+        times less work and memory than the table; see `lean_kernels.ops.low_rank_embedding.logits`.
+        With one, rows of the table are made a tile at a time and multiplied, which saves memory,
+        not work.
 
         Args:
             bias: [V], or None; a parameter stays the same parameter.
         """
-        kind = TiledHead if self.activation or self.scales is not None else LowRankHead
+        kind = TiledHead if self.activation else LowRankHead
         return kind(self, bias)
 
     def extra_repr(self) -> str:
@@ -208,8 +213,10 @@ class LowRankHead(TiledHead):
 
     def project(self, hidden: Tensor) -> Tensor:
         table = self.embedding
-        logits = F.linear(hidden @ table.decoder, table.codes, self.bias)
-        return logits if table.bias is None else logits + (hidden @ table.bias)[..., None]
+        shift = None if table.bias is None else hidden @ table.bias
+        return low_rank_logits(
+            hidden @ table.decoder, table.codes, table.float_scales(), self.bias, shift
+        )
 
 
 def quantize_rows(codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,11 @@ def test_int8_codes(dtype):
     head = layer.tied_head()
     assert isinstance(head, TiledHead)
     assert head(torch.randn(2, D, dtype=dtype)).shape == (2, V)
+    linear = AutoencoderEmbedding.from_factors(*factors, int8=True).to(dtype)
+    head, hidden = linear.tied_head(), torch.randn(2, D, dtype=dtype)
+    assert isinstance(head, LowRankHead)
+    logits = hidden.double() @ (factors[0] @ factors[1].t() + factors[2]).double().t()
+    assert (head(hidden).double() - logits).norm() <= 2e-2 * logits.norm()
     parts = (layer.codes, layer.scales, layer.decoder, layer.bias)
     assert layer.nbytes == sum(t.numel() * t.element_size() for t in parts)
 

@@ -4,6 +4,7 @@
 // Every output is one sum over the rank in order, started from the bias, whatever the height of the
 // tile it is computed in: a row depends neither on the rest of the batch nor on threads.
 #include "low_rank_gradient.h"
+#include "low_rank_logits.h"
 
 #include "../isa.h"
 
@@ -29,7 +30,9 @@ LowRankSizes sizes(const LowRank& p) {
 
 template <class S>
 constexpr LowRankKernels low_rank_kernels() {
-  return {sizes<S>, pack<S>, grad_pack<S>, rows<S>, grad<S>, sum<S>, sum_decoders<S>};
+  constexpr int64_t kWords = kStrip<typename Accumulator<S>::type>;
+  return {sizes<S>, pack<S>,         grad_pack<S>, rows<S>,   grad<S>,
+          sum<S>,   sum_decoders<S>, kWords,       pack_x<S>, logits<S>};
 }
 
 }  // namespace

@@ -12,10 +12,7 @@ namespace {
 template <class A, class C>
 LK_INLINE Vec<A> load_code(const C* p, A scale) {
   if constexpr (sizeof(C) == 1) {
-    typedef int8_t Bytes __attribute__((vector_size(kLanes<A>)));
-    Bytes bytes;
-    memcpy(&bytes, p, sizeof(bytes));
-    return __builtin_convertvector(bytes, Vec<A>) * scale;
+    return load_bytes<A>(p) * scale;
   } else {
     return load_wide(p);
   }
@@ -39,35 +36,44 @@ LK_INLINE A code_scale(const LowRank& p, int64_t group) {
   return p.scales ? A(p.scales[p.pieces[group].id]) : A(1);
 }
 
-// Codes of groups [begin, begin + rows) as [rank][rows], rows at most a tile's. May write a vector
-// past the end. Fetches those of the next panel.
-template <class C, class A>
-void gather_panel(const LowRank& p, int64_t begin, int64_t rows, int64_t end, A* panel) {
+// row(i), of `rank` codes to be multiplied by scale(i), for i in [0, rows), as [rank][rows]. May
+// write a vector past the end.
+template <class A, class Row, class Scale>
+LK_INLINE void transpose_codes(int64_t rank, int64_t rows, Row row, Scale scale, A* to) {
   constexpr int W = kLanes<A>;
-  for (int64_t r = begin + rows; r < min_of(begin + 2 * rows, end); ++r)
-    for (int64_t k = 0; k < p.rank; k += 64 / sizeof(C)) __builtin_prefetch(code_row<C>(p, r) + k);
-  for (int64_t k = 0; k < p.rank; k += W) {
-    const int64_t left = p.rank - k;
+  for (int64_t at_k = 0; at_k < rank; at_k += W) {
+    // The last vector is one with some before it, where there are enough.
+    const int64_t k = rank < W ? 0 : min_of(at_k, rank - W);
     for (int64_t at = (rows - 1) / W * W; at >= 0; at -= W) {
       Vec<A> v[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
-        const int64_t group = begin + min_of(at + i, rows - 1);
-        const C* from = code_row<C>(p, group) + k;
-        const A scale = code_scale<A>(p, group);
-        if (left >= W) {
-          v[i] = load_code<A>(from, scale);
+        const int64_t r = min_of(at + i, rows - 1);
+        const auto* from = row(r) + k;
+        if (rank >= W) {
+          v[i] = load_code<A>(from, scale(r));
         } else {
           A lanes[W] = {};
-          for (int64_t c = 0; c < left; ++c) lanes[c] = one_code<A>(from + c, scale);
+          for (int64_t c = 0; c < rank; ++c) lanes[c] = one_code<A>(from + c, scale(r));
           v[i] = load(lanes);
         }
       }
       transpose<A>(v);
       // Lanes past the last row are overwritten by the next column's.
-      for (int i = 0; i < min_of<int64_t>(W, left); ++i) store(panel + (k + i) * rows + at, v[i]);
+      for (int i = 0; i < min_of<int64_t>(W, rank); ++i) store(to + (k + i) * rows + at, v[i]);
     }
   }
+}
+
+// Codes of groups [begin, begin + rows) as [rank][rows], rows at most a tile's. May write a vector
+// past the end. Fetches those of the next panel.
+template <class C, class A>
+void gather_panel(const LowRank& p, int64_t begin, int64_t rows, int64_t end, A* panel) {
+  for (int64_t r = begin + rows; r < min_of(begin + 2 * rows, end); ++r)
+    for (int64_t k = 0; k < p.rank; k += 64 / sizeof(C)) __builtin_prefetch(code_row<C>(p, r) + k);
+  transpose_codes(
+      p.rank, rows, [&](int64_t r) { return code_row<C>(p, begin + r); },
+      [&](int64_t r) { return code_scale<A>(p, begin + r); }, panel);
 }
 
 // Codes of groups [begin, end) as rows, padded with zeros.

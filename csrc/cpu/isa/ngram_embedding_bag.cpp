@@ -12,7 +12,6 @@ namespace {
 constexpr int kLine = 64;  // bytes
 constexpr int kAhead = 8;  // rows
 constexpr int kColumns = kVectorBytes == 64 ? 16 : 8;  // vectors
-typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // a vector's worth of int8
 
 // A row in the output's dtype: that of the rows, float32 for int8.
 template <class S>
@@ -29,16 +28,7 @@ LK_INLINE float widen(int8_t v) { return float(v); }
 template <class S>
 LK_INLINE Vec<typename Accumulator<S>::type> load_row(const S* p) {
   if constexpr (__is_same(S, int8_t)) {
-    Bytes bytes;
-    memcpy(&bytes, p, sizeof(bytes));
-#if defined(__AVX512F__)
-    return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
-#elif defined(__AVX2__)
-    return (Vec<float>)_mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bytes))));
-#else
-    return __builtin_convertvector(bytes, Vec<float>);
-#endif
+    return load_bytes<float>(p);
   } else {
     return load_wide(p);
   }

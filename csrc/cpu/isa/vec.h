@@ -149,6 +149,22 @@ LK_INLINE Vec<typename Accumulator<S>::type> load_wide(const S* p) {
 #endif
   }
 }
+// One vector of accumulators from int8.
+template <class A>
+LK_INLINE Vec<A> load_bytes(const int8_t* p) {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes<A>)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof(bytes));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return (Vec<A>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return (Vec<A>)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bytes))));
+#endif
+  return __builtin_convertvector(bytes, Vec<A>);
+}
 template <class S>
 LK_INLINE void store_narrow(S* p, Vec<typename Accumulator<S>::type> v) {
   using A = typename Accumulator<S>::type;
