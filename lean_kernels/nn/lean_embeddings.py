@@ -61,18 +61,15 @@ class LeanEmbeddings(nn.Module):
             position_ids = self.position_ids[:, first : first + shape[1]]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
-        positions, types, norm = (
-            self.position_embeddings,
-            self.token_type_embeddings,
-            self.LayerNorm,
-        )
+        words, types = self.word_embeddings, self.token_type_embeddings
+        positions, norm, dropout = self.position_embeddings, self.LayerNorm, self.dropout
         if inputs_embeds is not None:
             rows = norm(inputs_embeds + types(token_type_ids) + positions(position_ids))
-            return self.dropout(rows)
-        rows = self.word_embeddings.fused(
+            return dropout(rows)
+        rows = words.fused(
             input_ids,
-            self.word_embeddings.padding_idx,
+            words.padding_idx,
             ((token_type_ids, types.weight), (position_ids, positions.weight)),
             RowNorm("layer", norm.weight, norm.bias, norm.eps),
         )
-        return self.dropout(rows)
+        return dropout(rows) if dropout.training else rows

@@ -51,6 +51,13 @@ def test_the_end_of_a_row(added, norm, dtype, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_the_norm_of_rows_far_from_zero(impl):
+    p = problem((20, 33, 129), added=1, norm="layer")
+    p.options["added"][0][1].add_(1000)
+    assert error(p.run(impl), p.exact()) <= 2 * error(p.like_torch(), p.exact())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0), (13,), (2, 3, 7), (300,)], ids=str)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_ids_of_any_shape(lead, ids_dtype, impl):

@@ -49,9 +49,7 @@ void add_layer_norm_rows(const AddLayerNorm& p, int64_t begin, int64_t end, void
                                         : read_row<false>(x, residual, row, features);
     const auto [sum, squares] = sums.of;
     const A mean = sum / A(features);
-    A variance = squares / A(features) - mean * mean;
-    // Far from zero that would be a small difference of large numbers.
-    if (!(mean * mean <= variance)) variance = squared_distance(row, mean, features) / A(features);
+    const A variance = variance_of(row, mean, squares, features);
     const A scale = A(1) / std::sqrt(variance + A(p.eps));
     write_normal<false>(static_cast<S*>(p.y) + r * features, row, mean, scale, weight, bias,
                         features, fetch);

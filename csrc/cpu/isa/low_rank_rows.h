@@ -225,10 +225,15 @@ void rows_of(const LowRank& p, const EmbeddingRows& end_of_row, const void* pack
     A* made = static_cast<A*>(scratch);
     A* finished = made + (end - begin) * ld;
     make_rows<S, C>(p, p.activation, weights, begin, end, made, finished + ld);
+    int64_t before = -1;
+    const A* row = made;
     for (int64_t g = begin; g < end; ++g)
       each_place(p, g, [&](int64_t place) {
-        finish_row<S>(end_of_row, place, made + (g - begin) * ld, finished);
+        if (before >= 0) finish_row<S>(end_of_row, before, row, finished, place);
+        before = place;
+        row = made + (g - begin) * ld;
       });
+    finish_row<S>(end_of_row, before, row, finished, before);
   }
   end_of_stores();
 }

@@ -78,6 +78,15 @@ LK_INLINE A squared_distance(const A* row, A center, int64_t features) {
   });
 }
 
+// The variance of a row whose sum of squares is known.
+template <class A>
+LK_INLINE A variance_of(const A* row, A mean, A squares, int64_t features) {
+  const A variance = squares / A(features) - mean * mean;
+  if (mean * mean <= variance) return variance;
+  // Far from zero that is a small difference of large numbers.
+  return squared_distance(row, mean, features) / A(features);
+}
+
 // Narrows and stores one value, or a vector of them.
 template <class V, class S>
 LK_INLINE void write(S* p, V v) {

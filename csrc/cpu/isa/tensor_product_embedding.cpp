@@ -37,9 +37,11 @@ bool make_rows(const TensorProduct& p, const EmbeddingRows& end, const Piece* pi
     read_all<S>(p, index, scratch);
     make_row(p, scratch);
     const bool repeated = piece.end - piece.begin > 1 && end.norm != kNoNorm && !added;
-    if (repeated) finish_row<A>(in_place, 0, made, made);
+    if (repeated) finish_row<A>(in_place, 0, made, made, 0);
+    const auto place = [&](uint32_t at) { return positions ? positions[at] : at; };
     for (uint32_t at = piece.begin; at < piece.end; ++at)
-      finish_row<S>(repeated ? copy : end, positions ? positions[at] : at, made, summed);
+      finish_row<S>(repeated ? copy : end, place(at), made, summed,
+                    place(std::min(at + 1, piece.end - 1)));
   }
   if (end.stream) end_of_stores();
   return true;
