@@ -66,7 +66,7 @@ void logits_of(const LowRankLogits& p, const void* packed, int64_t begin, int64_
     // Row by row of panels: few pages are written in turn, and lines soon are whole.
     for (int64_t i = 0, at = 0, height; i < cut.count; ++i, at += height) {
       height = cut.height + (i < cut.taller);
-      // With few rows that would be all there is to do, and the processor's own prefetch is as good.
+      // With few rows there is no work to hide it behind, and the processor's own is as good.
       if (cut.count > 1)
         fetch_words<C>(p, last + p.group * i / cut.count, last + p.group * (i + 1) / cut.count);
       const A* w = words;
