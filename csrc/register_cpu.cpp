@@ -16,10 +16,6 @@ Tensor block_sparse_linear(const Tensor&, const Tensor&, const Tensor&, const Te
 Tensor block_sparse_linear_int8(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                 const Tensor&, std::optional<Tensor>, std::optional<Tensor>,
                                 int64_t, int64_t);
-Tensor block_sparse_linear_grad_input(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                      int64_t);
-Tensor block_sparse_linear_grad_weight(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       int64_t, int64_t);
 void lazy_adam(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                const Tensor&, double, double, double, double);
 Tensor ngram_embedding_bag(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
@@ -36,6 +32,8 @@ std::tuple<Tensor, Tensor> ngram_lookup(const Tensor&, const Tensor&, std::optio
 Tensor ngram_slots(const Tensor&);
 using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 using Maybe = std::optional<Tensor>;
+Tensors block_sparse_linear_grad(const Tensor&, Maybe, const Tensor&, const Tensor&, const Tensor&,
+                                 int64_t, bool, bool, bool);
 Tensor low_rank_embedding(const Tensor&, const Tensor&, Maybe, const Tensor&, Maybe, int64_t, Maybe,
                           Maybe, Maybe, Maybe, int64_t, Maybe, Maybe, double);
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_embedding_grad(
@@ -68,9 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(lean_kernels, CPU, m) {
   m.impl("add_layer_norm", TORCH_BOX(&lean_kernels::add_layer_norm));
   m.impl("block_sparse_linear", TORCH_BOX(&lean_kernels::block_sparse_linear));
   m.impl("block_sparse_linear_int8", TORCH_BOX(&lean_kernels::block_sparse_linear_int8));
-  m.impl("block_sparse_linear_grad_input", TORCH_BOX(&lean_kernels::block_sparse_linear_grad_input));
-  m.impl("block_sparse_linear_grad_weight",
-         TORCH_BOX(&lean_kernels::block_sparse_linear_grad_weight));
+  m.impl("block_sparse_linear_grad", TORCH_BOX(&lean_kernels::block_sparse_linear_grad));
   m.impl("lazy_adam_", TORCH_BOX(&lean_kernels::lazy_adam));
   m.impl("low_rank_embedding", TORCH_BOX(&lean_kernels::low_rank_embedding));
   m.impl("low_rank_embedding_grad", TORCH_BOX(&lean_kernels::low_rank_embedding_grad));

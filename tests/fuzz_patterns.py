@@ -70,8 +70,9 @@ def round_trip(rng: random.Random) -> bool:
         lambda: OPS.block_sparse_linear(
             x, weight, used_crow, used_col, bias, grad, n, rng.randrange(5)
         ),
-        lambda: OPS.block_sparse_linear_grad_input(grad, weight, used_crow, used_col, k),
-        lambda: OPS.block_sparse_linear_grad_weight(grad, x, used_crow, used_col, *block),
+        lambda: OPS.block_sparse_linear_grad(
+            grad, x, weight, used_crow, used_col, k, *(rng.random() < 0.7 for _ in range(3))
+        ),
     )
     refusals = []
     for call in calls:

@@ -274,6 +274,27 @@ void check_outer(const BlockSparseKernels& kernels, const std::string& name, dou
     }
 }
 
+template <class S>
+void check_column_sums(const BlockSparseKernels& kernels, const std::string& name, double limit) {
+  using A = std::conditional_t<sizeof(S) == 8, double, float>;
+  Group group{name + " column sums", limit};
+  for (int64_t cols : {9, 63, 64, 200})
+    for (int64_t rows : {1, 128, 300}) {
+      const int64_t ld = cols + 3, half = cols / 2 / kSumColumns * kSumColumns;
+      const Values x = random_rows<S>(rows, cols, ld);
+      const Guarded<S> in(x);
+      const Guarded<A> sums(cols);
+      kernels.column_sums(in.data(), ld, rows, 0, half, sums.data());
+      kernels.column_sums(in.data(), ld, rows, half, cols, sums.data());
+      Values got, expected(cols);
+      for (int64_t c = 0; c < cols; ++c) {
+        got.push_back(double(sums[c]));
+        for (int64_t r = 0; r < rows; ++r) expected[c] += x[r * ld + c];
+      }
+      group.add(error_of<A>(got, expected));
+    }
+}
+
 // One n x n block that passes x on, so that what a product does besides summing shows by itself.
 template <class S>
 class Identity {
@@ -379,6 +400,7 @@ void check(Dtype dtype, const char* name, double limit, double outer_limit) {
     check_product<S>(kernels, label, limit, bo, bi);
     check_outer<S>(kernels, label, outer_limit, bo, bi);
   }
+  check_column_sums<S>(kernels, name, outer_limit);
   if constexpr (kIsHalf<S>) check_rounding<S>(kernels, name);
   for (int64_t block : {32, 16, 4, 3}) check_activations<S>(kernels, name, limit, block);
 }

@@ -2,6 +2,7 @@
 // block_sparse_linear and its gradients on CPU: tensors in, tasks out to torch's thread pool.
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -57,6 +58,32 @@ BlockMatrix block_matrix(const Tensor& weight, const Pattern& pattern) {
           weight.stride(1),        weight.stride(2)};
 }
 
+// Wᵀ, its pattern by counting sort: entries of each block column in row order.
+struct Transposed {
+  std::vector<int32_t> ptr, index, position;
+  int64_t most = 0;
+  BlockMatrix matrix;
+
+  Transposed(const Pattern& pattern, const Tensor& weight, int64_t block_cols)
+      : ptr(block_cols + 1), index(pattern.nnz), position(pattern.nnz) {
+    for (int64_t e = 0; e < pattern.nnz; ++e) ++ptr[pattern.index[e] + 1];
+    for (int64_t c = 0; c < block_cols; ++c) {
+      most = std::max<int64_t>(most, ptr[c + 1]);
+      ptr[c + 1] += ptr[c];
+    }
+    std::vector<int32_t> next(ptr.begin(), ptr.end() - 1);
+    for (int64_t g = 0; g < pattern.groups; ++g)
+      for (int32_t e = pattern.ptr[g]; e < pattern.ptr[g + 1]; ++e) {
+        const int32_t at = next[pattern.index[e]]++;
+        index[at] = int32_t(g);
+        position[at] = e;
+      }
+    matrix = {weight.const_data_ptr(), ptr.data(),     index.data(),     position.data(),
+              block_cols,              weight.size(2), weight.size(1),   weight.stride(0),
+              weight.stride(2),        weight.stride(1)};
+  }
+};
+
 void check_blocks(int64_t nnz, int64_t block_out, int64_t block_in) {
   STD_TORCH_CHECK(block_out > 0 && block_in > 0 && block_out <= kMostBlock &&
                       block_in <= kMostBlock && nnz <= kMostElements / (block_out * block_in),
@@ -91,39 +118,59 @@ int64_t split_groups(const BlockMatrix& w, int64_t i, int64_t parts) {
   return low > 0 && target - work(low - 1) < work(low) - target ? low - 1 : low;
 }
 
-// Threads for some work, when two are worth it from `serial` on.
-int64_t threads_for(double flop, double serial) {
-  if (flop < serial) return 1;
-  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(2 * flop / serial));
+// Threads for work counted in what two threads are worth from on.
+int64_t threads_for(double work) {
+  if (work < 1) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(2 * work));
 }
 
-void run_product(const Product& p, const BlockSparseKernels& kernels) {
-  if (p.rows == 0) return;
-  const RowSplit split = kernels.product_rows(p);
-  const int64_t weights = p.w.ptr[p.w.groups] * p.w.block_in * p.w.block_out;
-  const double flop = 2.0 * std::max<int64_t>(p.rows, split.per_weight) * weights +
-                      16.0 * p.rows * p.out_features;
-  const int64_t threads = threads_for(flop, split.serial);
-  const int64_t unit = split.unit, units = ceil_div(p.rows, unit);
-  int64_t chunks = ceil_div(p.rows, split.most / unit * unit);
-  if (chunks > threads) {
-    chunks = std::min(units, ceil_div(chunks, threads) * threads);
-  } else {
-    chunks = std::max(chunks, std::min({threads, units, p.rows / split.least}));
+// A product, and the tasks it is cut into.
+class ProductTasks {
+ public:
+  ProductTasks(const Product& product, const BlockSparseKernels& kernels)
+      : p_(product), kernels_(kernels), split_(kernels.product_rows(p_)) {
+    const int64_t weights = p_.w.ptr[p_.w.groups] * p_.w.block_in * p_.w.block_out;
+    work_ = (2.0 * std::max<int64_t>(p_.rows, split_.per_weight) * weights +
+             16.0 * p_.rows * p_.out_features) /
+            split_.serial;
   }
-  const int64_t splits = std::min(p.w.groups, ceil_div(threads, chunks));
-  const auto row_at = [&](int64_t chunk) {
-    return std::min(p.rows, units * chunk / chunks * unit);
-  };
-  run_tasks(chunks * splits, threads, [&](int64_t i) {
-    const int64_t chunk = i / splits, part = i % splits;
-    const Range range{row_at(chunk), row_at(chunk + 1), split_groups(p.w, part, splits),
-                      split_groups(p.w, part + 1, splits)};
+
+  double work() const { return work_; }
+
+  // How many tasks, for so many threads.
+  int64_t cut(int64_t threads) {
+    if (p_.rows == 0) return 0;
+    units_ = ceil_div(p_.rows, split_.unit);
+    chunks_ = ceil_div(p_.rows, split_.most / split_.unit * split_.unit);
+    if (chunks_ > threads) {
+      chunks_ = std::min(units_, ceil_div(chunks_, threads) * threads);
+    } else {
+      chunks_ = std::max(chunks_, std::min({threads, units_, p_.rows / split_.least}));
+    }
+    splits_ = std::min(p_.w.groups, ceil_div(threads, chunks_));
+    return chunks_ * splits_;
+  }
+
+  void run(int64_t task) const {
+    const int64_t chunk = task / splits_, part = task % splits_;
+    const Range range{row_at(chunk), row_at(chunk + 1), split_groups(p_.w, part, splits_),
+                      split_groups(p_.w, part + 1, splits_)};
     if (range.row_begin == range.row_end || range.group_begin == range.group_end) return;
     const int64_t rows = range.row_end - range.row_begin;
-    kernels.product(p, range, thread_scratch(kernels.product_scratch(p, rows)));
-  });
-}
+    kernels_.product(p_, range, thread_scratch(kernels_.product_scratch(p_, rows)));
+  }
+
+ private:
+  int64_t row_at(int64_t chunk) const {
+    return std::min(p_.rows, units_ * chunk / chunks_ * split_.unit);
+  }
+
+  const Product p_;
+  const BlockSparseKernels& kernels_;
+  const RowSplit split_;
+  double work_;
+  int64_t units_ = 0, chunks_ = 0, splits_ = 0;
+};
 
 // Not stable::new_empty, which finds the operator by its name on each call.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
@@ -135,6 +182,12 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return Tensor(handle);
 }
 
+int32_t dtype_code(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
 // [..., features] like x [..., cols], contiguous.
 Tensor output_like(const Tensor& x, int64_t features) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
@@ -142,9 +195,7 @@ Tensor output_like(const Tensor& x, int64_t features) {
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1))
     strides[d] = stride;
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty_strided(sizes, strides, dtype);
+  return empty_strided(sizes, strides, dtype_code(x));
 }
 
 // activation(x Wᵀ + bias) + residual; what differs by the kind of weight is in `matrix` and `scales`.
@@ -172,7 +223,9 @@ Tensor multiply(const Tensor& x, const Pattern& pattern, const BlockMatrix& matr
     p.residual = added->tensor.const_data_ptr();
     p.ldr = added->stride;
   }
-  run_product(p, kernels);
+  ProductTasks product(p, kernels);
+  const int64_t threads = threads_for(product.work());
+  run_tasks(product.cut(threads), threads, [&](int64_t i) { product.run(i); });
   return y;
 }
 
@@ -231,84 +284,85 @@ Tensor block_sparse_linear_int8(const Tensor& x, const Tensor& weight, const Ten
                   residual, out_features, activation, cpu_kernels().block_sparse_int8[dtype]);
 }
 
-Tensor block_sparse_linear_grad_input(const Tensor& grad, const Tensor& weight,
-                                      const Tensor& crow_indices, const Tensor& col_indices,
-                                      int64_t in_features) {
+// The gradients of x, of the kept blocks and of the bias; empty where not needed.
+std::tuple<Tensor, Tensor, Tensor> block_sparse_linear_grad(
+    const Tensor& grad, std::optional<Tensor> x, const Tensor& weight, const Tensor& crow_indices,
+    const Tensor& col_indices, int64_t in_features, bool need_x, bool need_weight,
+    bool need_bias) {
   check_weight(weight, grad, col_indices);
-  const Rows in(grad, kOp);
-  STD_TORCH_CHECK(in.cols > 0 && in_features > 0,
+  const Rows g(grad, kOp);
+  STD_TORCH_CHECK(g.cols > 0 && in_features > 0,
                   "block_sparse_linear: in_features and out_features must be positive");
-  const int64_t block_cols = ceil_div(in_features, weight.size(2));
+  const int64_t block_out = weight.size(1), block_in = weight.size(2), rows = g.count;
+  const int64_t block_cols = ceil_div(in_features, block_in);
   STD_TORCH_CHECK(block_cols <= kMostBlockColumns, "block_sparse_linear: in_features must be at most ",
-                  kMostBlockColumns, " blocks of ", weight.size(2), ", got ", in_features);
-  const Pattern pattern(crow_indices, col_indices, ceil_div(in.cols, weight.size(1)), block_cols);
-
-  // The transposed pattern, by counting sort: entries of each block column in row order.
-  std::vector<int32_t> ptr(block_cols + 1), index(pattern.nnz), position(pattern.nnz);
-  for (int64_t e = 0; e < pattern.nnz; ++e) ++ptr[pattern.index[e] + 1];
-  int64_t most = 0;
-  for (int64_t c = 0; c < block_cols; ++c) {
-    most = std::max<int64_t>(most, ptr[c + 1]);
-    ptr[c + 1] += ptr[c];
-  }
-  std::vector<int32_t> next(ptr.begin(), ptr.end() - 1);
-  for (int64_t g = 0; g < pattern.groups; ++g)
-    for (int32_t e = pattern.ptr[g]; e < pattern.ptr[g + 1]; ++e) {
-      const int32_t at = next[pattern.index[e]]++;
-      index[at] = int32_t(g);
-      position[at] = e;
-    }
-  Tensor dx = output_like(grad, in_features);
-  const BlockMatrix transposed{weight.const_data_ptr(), ptr.data(),       index.data(),
-                               position.data(),         block_cols,       weight.size(2),
-                               weight.size(1),          weight.stride(0), weight.stride(2),
-                               weight.stride(1)};
-  const Product p{in.tensor.const_data_ptr(), nullptr,     nullptr,     dx.mutable_data_ptr(),
-                  in.stride,                  0,           in_features, in.count,
-                  in.cols,                    in_features, 0,           most,
-                  transposed};
-  run_product(p, cpu_kernels().block_sparse[dtype_of(grad, kOp)]);
-  return dx;
-}
-
-Tensor block_sparse_linear_grad_weight(const Tensor& grad, const Tensor& x,
-                                       const Tensor& crow_indices, const Tensor& col_indices,
-                                       int64_t block_out, int64_t block_in) {
-  const Rows g(grad, kOp), in(x, kOp);
-  STD_TORCH_CHECK(g.cols > 0 && in.cols > 0 && g.count == in.count &&
-                      grad.scalar_type() == x.scalar_type() && col_indices.dim() == 1,
-                  "block_sparse_linear: grad [..., out_features] and x [..., in_features] must "
-                  "have the same leading sizes and dtype, and col_indices be [nnz]");
-  check_blocks(col_indices.size(0), block_out, block_in);
-  const int64_t block_cols = ceil_div(in.cols, block_in);
+                  kMostBlockColumns, " blocks of ", block_in, ", got ", in_features);
   const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
-  const Dtype dtype = dtype_of(x, kOp);
+  const Dtype dtype = dtype_of(grad, kOp);
+  const BlockSparseKernels& kernels = cpu_kernels().block_sparse[dtype];
+  const int32_t code = dtype_code(grad);
+  const auto sums_of = [&](bool needed, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
+    if (!needed) return empty_strided({0}, {1}, code);
+    return empty_strided(sizes, strides, dtype == kFloat64 ? code : aoti_torch_dtype_float32());
+  };
+
+  Tensor dx = need_x ? output_like(grad, in_features) : empty_strided({0}, {1}, code);
+  std::optional<Transposed> transposed;
+  std::optional<ProductTasks> product;
+  double work = 0;
+  if (need_x) {
+    transposed.emplace(pattern, weight, block_cols);
+    product.emplace(Product{g.tensor.const_data_ptr(), nullptr, nullptr, dx.mutable_data_ptr(),
+                            g.stride, 0, in_features, rows, g.cols, in_features, 0,
+                            transposed->most, transposed->matrix},
+                    kernels);
+    work += product->work();
+  }
+
   // The memory order of bsr.blocks_empty: outputs fastest where the forward kernel reads them so.
   const bool out_fastest = block_out % 16 == 0;
   const int64_t out_stride = out_fastest ? 1 : block_in, in_stride = out_fastest ? block_out : 1;
-  Tensor out = empty_strided({pattern.nnz, block_out, block_in},
-                             {block_out * block_in, out_stride, in_stride},
-                             dtype == kFloat64 ? aoti_torch_dtype_float64()
-                                               : aoti_torch_dtype_float32());
-  if (g.count == 0) torch::stable::zero_(out);
-  if (g.count > 0 && pattern.nnz > 0) {
-    const BlockSparseKernels& kernels = cpu_kernels().block_sparse[dtype];
-    const BlockOuter p{g.tensor.const_data_ptr(), in.tensor.const_data_ptr(),
-                       out.mutable_data_ptr(),    g.stride,
-                       in.stride,                 g.count,
-                       in.cols,                   g.cols,
-                       pattern.ptr,               pattern.index,
-                       block_out,                 block_in,
-                       out_stride,                in_stride};
-    const double flop = 2.0 * g.count * pattern.nnz * block_out * block_in;
-    const int64_t threads = threads_for(flop, kSerialFlop);
-    const int64_t parts = std::min(pattern.nnz, threads);
-    run_tasks(parts, threads, [&](int64_t i) {
-      kernels.outer(p, pattern.nnz * i / parts, pattern.nnz * (i + 1) / parts,
-                    thread_scratch(kernels.outer_scratch(p)));
-    });
+  Tensor dw = sums_of(need_weight, {pattern.nnz, block_out, block_in},
+                      {block_out * block_in, out_stride, in_stride});
+  std::optional<Rows> in;
+  BlockOuter outer{};
+  if (need_weight) {
+    STD_TORCH_CHECK(x, "block_sparse_linear: the gradient of the weight needs x");
+    in.emplace(*x, kOp);
+    STD_TORCH_CHECK(in->count == rows && in->cols == in_features &&
+                        x->scalar_type() == grad.scalar_type(),
+                    "block_sparse_linear: grad [..., out_features] and x [..., in_features] must "
+                    "have the same leading sizes and dtype");
+    outer = {g.tensor.const_data_ptr(), in->tensor.const_data_ptr(), dw.mutable_data_ptr(),
+             g.stride, in->stride, rows, in_features, g.cols, pattern.ptr, pattern.index,
+             block_out, block_in, out_stride, in_stride};
+    work += 2.0 * rows * pattern.nnz * block_out * block_in / kSerialFlop;
   }
-  return dtype == kFloat32 || dtype == kFloat64 ? out : torch::stable::to(out, x.scalar_type());
+  Tensor db = sums_of(need_bias, {g.cols}, {1});
+  if (need_bias) work += 16.0 * rows * g.cols / kSerialFlop;
+  if (rows == 0) torch::stable::zero_(dw), torch::stable::zero_(db);
+
+  const int64_t threads = threads_for(work);
+  const int64_t products = need_x ? product->cut(threads) : 0;
+  const int64_t outers = need_weight && rows ? std::min(pattern.nnz, threads) : 0;
+  const int64_t strips = ceil_div(g.cols, kSumColumns);
+  const int64_t sums = need_bias && rows ? std::min(strips, threads) : 0;
+  run_tasks(products + outers + sums, threads, [&](int64_t i) {
+    if (i < products) return product->run(i);
+    i -= products;
+    if (i < outers)
+      return kernels.outer(outer, pattern.nnz * i / outers, pattern.nnz * (i + 1) / outers,
+                           thread_scratch(kernels.outer_scratch(outer)));
+    i -= outers;
+    kernels.column_sums(g.tensor.const_data_ptr(), g.stride, rows,
+                        strips * i / sums * kSumColumns,
+                        std::min(g.cols, strips * (i + 1) / sums * kSumColumns),
+                        db.mutable_data_ptr());
+  });
+  const auto narrowed = [&](const Tensor& t) {
+    return dtype_code(t) == code ? t : torch::stable::to(t, grad.scalar_type());
+  };
+  return {dx, narrowed(dw), narrowed(db)};
 }
 
 }  // namespace lean_kernels

@@ -55,6 +55,8 @@ struct BlockOuter {
   int64_t out_stride, in_stride;  // of an element within its contiguous block
 };
 
+constexpr int64_t kSumColumns = 64;  // a task sums whole strips of them
+
 constexpr double kSerialFlop = 3e5;  // below this a second thread costs more than it brings
 
 // How the rows of a product are best cut into tasks.
@@ -73,6 +75,9 @@ struct BlockSparseKernels {
   void (*product)(const Product&, const Range&, void* scratch);
   size_t (*outer_scratch)(const BlockOuter&);  // bytes for a task
   void (*outer)(const BlockOuter&, int64_t entry_begin, int64_t entry_end, void* scratch);
+  // sums [cols] of rows of stride ld, in float32 or float64: columns [begin, end).
+  void (*column_sums)(const void* x, int64_t ld, int64_t rows, int64_t begin, int64_t end,
+                      void* sums);
 };
 
 }  // namespace lean_kernels

@@ -39,9 +39,9 @@ def large_problem(block, dtype=torch.float32, density=0.5):
 
 
 def forward_and_gradients(p):
-    dx = ops.block_sparse_linear_grad_input(p.grad, *p.matrix, p.x.shape[-1])
-    dw = ops.block_sparse_linear_grad_weight(p.grad, p.x, *p.matrix[1:], *p.matrix[0].shape[1:])
-    return p.run("cpu", activation="gelu"), dx, dw
+    needed = True, True, True
+    grads = ops.block_sparse_linear_grad(p.grad, p.x, *p.matrix, p.x.shape[-1], *needed)
+    return p.run("cpu", activation="gelu"), *grads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,13 +61,13 @@ def test_runs_and_numbers_of_threads(threads, block, dtype):
 def test_a_row_does_not_depend_on_the_batch(threads, block, dtype):
     threads(2)
     p = large_problem(block, dtype)
-    y, dx, _ = forward_and_gradients(p)
+    y, dx, *_ = forward_and_gradients(p)
     batches = [torch.tensor([row]) for row in (0, 101, 209)]
     batches += [torch.arange(1, 1 + count) for count in (2, 3, 4, 5, 7, 12, 13, 25, 72, 150)]
     batches += [torch.randperm(210)[:count] for count in (6, 31, 200)]
     for rows in batches:
         part = replace(p, x=p.x[rows], residual=p.residual[rows], grad=p.grad[rows])
-        part_y, part_dx, _ = forward_and_gradients(part)
+        part_y, part_dx, *_ = forward_and_gradients(part)
         assert same_bits(part_y, y[rows]), f"rows {rows.tolist()}"
         assert same_bits(part_dx, dx[rows]), f"rows {rows.tolist()}"
 
@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_the_batch_with_any_activation(block, activatio
 @pytest.mark.parametrize("block", FEW_BLOCKS, ids=str)
 def test_the_shape_of_the_batch_and_strides_do_not_matter(block):
     p = problem(24, 70, 90, block)
-    y, dx, dw = forward_and_gradients(p)
+    y, dx, dw, db = forward_and_gradients(p)
     lead = (2, 3, 4)
     shaped = replace(
         p,
@@ -93,10 +93,11 @@ def test_the_shape_of_the_batch_and_strides_do_not_matter(block):
         residual=p.residual.reshape(*lead, 70),
         grad=p.grad.reshape(*lead, 70).transpose(0, 1).contiguous().transpose(0, 1),
     )
-    shaped_y, shaped_dx, shaped_dw = forward_and_gradients(shaped)
+    shaped_y, shaped_dx, shaped_dw, shaped_db = forward_and_gradients(shaped)
     assert same_bits(shaped_y.reshape(24, 70), y)
     assert same_bits(shaped_dx.reshape(24, 90), dx)
     assert same_bits(shaped_dw, dw)
+    assert same_bits(shaped_db, db)
 
 
 @pytest.mark.parametrize("block", FEW_BLOCKS, ids=str)

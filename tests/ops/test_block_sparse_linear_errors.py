@@ -10,6 +10,7 @@ from lean_kernels.ops.block_sparse_linear import bsr
 
 ops = torch.ops.lean_kernels
 INT_MAX = 2**31 - 1
+GRADIENTS = [(True, False, False), (False, True, False), (False, False, True)]  # which are needed
 
 
 def i32(*values):
@@ -140,10 +141,9 @@ def test_indices_that_lead_outside_are_refused_by_the_raw_ops(name, index):
     message = f"block_sparse_linear: {name} must"
     with pytest.raises(RuntimeError, match=message):
         ops.block_sparse_linear(x, weight, crow, col, None, None, 60, 0)
-    with pytest.raises(RuntimeError, match=message):
-        ops.block_sparse_linear_grad_input(grad, weight, crow, col, 40)
-    with pytest.raises(RuntimeError, match=message):
-        ops.block_sparse_linear_grad_weight(grad, x, crow, col, 16, 8)
+    for needed in GRADIENTS:
+        with pytest.raises(RuntimeError, match=message):
+            ops.block_sparse_linear_grad(grad, x, weight, crow, col, 40, *needed)
 
 
 _X, _W, _CROW, _COL = torch.zeros(3, 40), torch.zeros(2, 16, 8), i32(0, 1, 1, 1, 2), i32(0, 3)
@@ -200,19 +200,27 @@ def test_the_raw_forward_checks_what_it_reads(changed, message):
     [
         ({0: torch.zeros(3, 70)}, r"crow_indices must be \[6\]"),
         ({0: _GRAD.double()}, "same dtype"),
-        ({1: torch.zeros(2, 16)}, "weight must be"),
-        ({4: 0}, "must be positive"),
-        ({4: 24}, r"col_indices must lie in \[0, 3\)"),
-        ({4: 2**63 - 1}, "in_features must be at most 2147483647 blocks of 8"),
+        ({2: torch.zeros(2, 16)}, "weight must be"),
+        ({2: torch.zeros(2, 0, 8)}, "block sizes must lie in"),
+        ({2: torch.zeros(1, 1, 1).expand(2, 16, 2**50)}, "block sizes must lie in"),
+        ({3: _CROW[:-1]}, r"crow_indices must be \[5\]"),
+        ({4: i32(0)}, "nnz as in col_indices"),
+        ({4: torch.zeros((), dtype=torch.int32)}, "col_indices"),
+        ({5: 0}, "must be positive"),
+        ({5: 24}, r"col_indices must lie in \[0, 3\)"),
+        ({5: 2**63 - 1}, "in_features must be at most 2147483647 blocks of 8"),
     ],
 )
-def test_the_raw_gradient_of_x_checks_what_it_reads(changed, message):
-    given = [_GRAD, _W, _CROW, _COL, 40]
-    assert ops.block_sparse_linear_grad_input(*given).shape == (3, 40)
+@pytest.mark.parametrize("needed", GRADIENTS, ids=str)
+def test_the_raw_gradients_check_what_they_read(needed, changed, message):
+    given = [_GRAD, _X, _W, _CROW, _COL, 40]
+    assert ops.block_sparse_linear_grad(*given, *needed)[0].shape == (
+        (3, 40) if needed[0] else (0,)
+    )
     for at, value in changed.items():
         given[at] = value
     with pytest.raises(RuntimeError, match=message):
-        ops.block_sparse_linear_grad_input(*given)
+        ops.block_sparse_linear_grad(*given, *needed)
 
 
 @needs_cpu_kernels
@@ -220,23 +228,19 @@ def test_the_raw_gradient_of_x_checks_what_it_reads(changed, message):
     ("changed", "message"),
     [
         ({0: torch.zeros(4, 60)}, "same leading sizes"),
-        ({0: _GRAD.double()}, "same leading sizes and dtype"),
-        ({1: torch.zeros(3, 20)}, r"col_indices must lie in \[0, 3\)"),
-        ({2: _CROW[:-1]}, r"crow_indices must be \[5\]"),
-        ({3: i32(0)}, "crow_indices must rise from 0 to nnz = 1"),
-        ({3: torch.zeros((), dtype=torch.int32)}, "col_indices"),
-        ({4: 0}, "block sizes must lie in"),
-        ({5: -8}, "block sizes must lie in"),
-        ({5: 2**62}, "block sizes must lie in"),
+        ({1: None}, "the gradient of the weight needs x"),
+        ({1: torch.zeros(3, 20)}, "same leading sizes"),
+        ({1: _X.double()}, "same leading sizes and dtype"),
+        ({1: torch.zeros(())}, "at least one dimension"),
     ],
 )
 def test_the_raw_gradient_of_the_weight_checks_what_it_reads(changed, message):
-    given = [_GRAD, _X, _CROW, _COL, 16, 8]
-    assert ops.block_sparse_linear_grad_weight(*given).shape == (2, 16, 8)
+    given = [_GRAD, _X, _W, _CROW, _COL, 40, False, True, False]
+    assert ops.block_sparse_linear_grad(*given)[1].shape == (2, 16, 8)
     for at, value in changed.items():
         given[at] = value
     with pytest.raises(RuntimeError, match=message):
-        ops.block_sparse_linear_grad_weight(*given)
+        ops.block_sparse_linear_grad(*given)
 
 
 @pytest.mark.parametrize(

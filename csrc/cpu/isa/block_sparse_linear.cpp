@@ -66,7 +66,8 @@ size_t product_scratch(const Product& p, int64_t rows) {
 
 template <class S>
 constexpr BlockSparseKernels block_sparse_kernels() {
-  return {product_rows<S>, product_scratch<S>, product<S>, outer_scratch<S>, outer<S>};
+  return {product_rows<S>,  product_scratch<S>, product<S>,
+          outer_scratch<S>, outer<S>,           column_sums<S>};
 }
 
 }  // namespace

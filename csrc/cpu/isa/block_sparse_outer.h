@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient of the kept blocks: outer products of rows of grad and x, summed.
+// Gradients of the kept blocks, outer products of rows of grad and x, summed; and of the bias.
 #pragma once
 
 #include "block_sparse_parts.h"
@@ -144,6 +144,35 @@ void outer(const BlockOuter& p, int64_t begin, int64_t end, void* scratch) {
         outer_entry(p, grad_panel, x_panel, rows, static_cast<A*>(p.out) + e * bo * bi, row > 0);
       }
     }
+  }
+}
+
+// A sum of sums over kOuterRows rows each. Where strips lie does not depend on the task.
+template <class S>
+void column_sums(const void* x, int64_t ld, int64_t rows, int64_t begin, int64_t end, void* sums) {
+  using A = typename Accumulator<S>::type;
+  constexpr int W = kLanes<A>, V = 4;
+  static_assert(kSumColumns % (V * W) == 0);
+  for (int64_t c = begin; c < end; c += V * W) {
+    const int64_t cols = min_of<int64_t>(V * W, end - c);
+    A total[V * W] = {};
+    for (int64_t first = 0; first < rows; first += kOuterRows) {
+      const S* row = static_cast<const S*>(x) + first * ld + c;
+      const int64_t stop = min_of(first + kOuterRows, rows);
+      A part[V * W] = {};
+      if (cols == V * W) {
+        Vec<A> acc[V] = {};
+        for (int64_t r = first; r < stop; ++r, row += ld)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) acc[v] += load_wide(row + v * W);
+        for (int v = 0; v < V; ++v) store(part + v * W, acc[v]);
+      } else {
+        for (int64_t r = first; r < stop; ++r, row += ld)
+          for (int64_t i = 0; i < cols; ++i) part[i] += widen(row[i]);
+      }
+      for (int64_t i = 0; i < V * W; ++i) total[i] += part[i];
+    }
+    memcpy(static_cast<A*>(sums) + c, total, cols * sizeof(A));
   }
 }
 

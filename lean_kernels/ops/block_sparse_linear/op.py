@@ -3,9 +3,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lean_kernels._autocast import autocast
+from lean_kernels._autograd import once_differentiable
 from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops.block_sparse_linear import bsr, int8, reference
 
@@ -28,14 +28,20 @@ def _reference_forward(x, weight, crow, col, bias, residual, out_features, activ
     return reference.forward(x, weight, crow, col, bias, residual, out_features, name)
 
 
-def _reference_grad_input(grad, weight, crow, col, in_features):
+def _reference_grad(grad, x, weight, crow, col, in_features, *needed):
     _check_bounds(crow, col, in_features, weight.shape[2])
-    return reference.grad_input(grad, weight, crow, col, in_features)
+    return reference.gradients(grad, x, weight, crow, col, in_features, *needed)
 
 
-def _reference_grad_weight(grad, x, crow, col, block_out, block_in):
-    _check_bounds(crow, col, x.shape[-1], block_in)
-    return reference.grad_weight(grad, x, crow, col, (block_out, block_in))
+def _fake_grad(grad, x, weight, crow, col, in_features, need_x, need_weight, need_bias):
+    options = {"dtype": grad.dtype, "device": grad.device}
+    return (
+        grad.new_empty(*grad.shape[:-1], in_features) if need_x else grad.new_empty(0),
+        bsr.blocks_empty(weight.shape[0], weight.shape[1:], **options)
+        if need_weight
+        else grad.new_empty(0),
+        grad.new_empty(grad.shape[-1] if need_bias else 0),
+    )
 
 
 def _reference_int8(x, weight, scales, crow, col, bias, residual, out_features, activation):
@@ -55,25 +61,15 @@ _forward = Kernel(
     fake=lambda x, w, crow, col, b, r, n, a: x.new_empty(*x.shape[:-1], n),
     triton=f"{_TRITON}:forward",
 )
-_grad_input = Kernel(
-    "block_sparse_linear_grad_input",
-    f"(Tensor grad, {_INDICES}, int in_features) -> Tensor",
-    reference=_reference_grad_input,
-    fake=lambda grad, w, crow, col, k: grad.new_empty(*grad.shape[:-1], k),
-    triton=f"{_TRITON}:grad_input",
+# Gradients that are not needed are empty; x may be None where that of the weight is not.
+_grad = Kernel(
+    "block_sparse_linear_grad",
+    f"(Tensor grad, Tensor? x, {_INDICES}, int in_features, bool need_x, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_grad,
+    fake=_fake_grad,
+    triton=f"{_TRITON}:gradients",
 )
-_grad_weight = Kernel(
-    "block_sparse_linear_grad_weight",
-    "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int block_out, int block_in)"
-    " -> Tensor",
-    reference=_reference_grad_weight,
-    fake=lambda grad, x, crow, col, bo, bi: bsr.blocks_empty(
-        col.shape[0], (bo, bi), dtype=x.dtype, device=x.device
-    ),
-    triton=f"{_TRITON}:grad_weight",
-)
-
-
 _int8_forward = Kernel(
     "block_sparse_linear_int8",
     "(Tensor x, Tensor weight, Tensor weight_scales, Tensor crow_indices, Tensor col_indices, "
@@ -96,13 +92,14 @@ class _BlockSparseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, crow, col = ctx.saved_tensors
-        grad_input = _grad_input.of(ctx.impl, grad.device.type)
-        grad_weight = _grad_weight.of(ctx.impl, grad.device.type)
         need_x, need_weight, _, _, need_bias, need_residual = ctx.needs_input_grad[:6]
-        dx = grad_input(grad, weight, crow, col, x.shape[-1]) if need_x else None
-        dw = grad_weight(grad, x, crow, col, *weight.shape[1:]) if need_weight else None
-        db = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-        return dx, dw, None, None, db, grad if need_residual else None, None, None
+        dx, dw, db = _grad.of(ctx.impl, grad.device.type)(
+            grad, x, weight, crow, col, x.shape[-1], need_x, need_weight, need_bias
+        )
+        return (
+            *(dx if need_x else None, dw if need_weight else None, None, None),
+            *(db if need_bias else None, grad if need_residual else None, None, None),
+        )
 
 
 class _Int8(torch.autograd.Function):
@@ -123,8 +120,9 @@ class _Int8(torch.autograd.Function):
         dx = None
         if need_x:
             blocks = int8.dequantise(weight, scales, crow, grad.dtype)
-            grad_input = _grad_input.of(ctx.impl, grad.device.type)
-            dx = grad_input(grad, blocks, crow, col, ctx.in_features)
+            kernel = _grad.of(ctx.impl, grad.device.type)
+            needed = True, False, False
+            dx, _, _ = kernel(grad, None, blocks, crow, col, ctx.in_features, *needed)
         db = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
         return dx, None, None, None, None, db, grad if need_residual else None, None, None
 
