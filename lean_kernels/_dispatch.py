@@ -93,6 +93,8 @@ def check_impl(op: str, impl: Impl | None, device: torch.device) -> None:
         ValueError: a CPU or CUDA kernel for tensors elsewhere.
         RuntimeError: it is not installed.
     """
+    if impl is None:
+        return
     if impl is Impl.TRITON and find_spec("triton") is None:
         raise RuntimeError(f"{op}: impl 'triton' needs Triton: pip install lean_kernels[triton]")
     if impl is Impl.CPU:
@@ -109,10 +111,10 @@ def check_impl(op: str, impl: Impl | None, device: torch.device) -> None:
 
 def check_devices(op: str, **tensors: Tensor | None) -> None:
     """Refuse tensors that are not on the device of the first."""
-    first, *others = tensors.items()
+    (first, tensor), *others = tensors.items()
+    device = tensor.device
     for label, tensor in others:
-        if tensor is not None and tensor.device != first[1].device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{op}: {label} is on {tensor.device}, {first[0]} on {first[1].device}; "
-                "move them to one device"
+                f"{op}: {label} is on {tensor.device}, {first} on {device}; move them to one device"
             )

@@ -183,34 +183,35 @@ def _check(
 
     if activation not in ACTIVATIONS:
         fail(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
+    shape, blocks, dtype = x.shape, weight.shape, x.dtype  # once: each read takes 0.1 us
     is_int8 = weight.dtype == torch.int8
     if is_int8:
         int8.check(x, weight, scales, out_features)
     elif scales is not None:
         fail(f"weight_scales go with an int8 weight, got one of {weight.dtype}")
-    elif weight.dim() != 3:
-        fail(f"weight must be [nnz, block_out, block_in], got shape {tuple(weight.shape)}")
-    if x.dim() < 1 or x.shape[-1] < 1 or out_features < 1 or min(weight.shape[1:]) < 1:
+    elif len(blocks) != 3:
+        fail(f"weight must be [nnz, block_out, block_in], got shape {tuple(blocks)}")
+    nnz, block_out, block_in = (blocks[0], *int8.block_shape(weight)) if is_int8 else blocks
+    if not shape or shape[-1] < 1 or out_features < 1 or block_out < 1 or block_in < 1:
         fail(
             f"x must be [..., in_features], and in_features, out_features and block sizes "
-            f"positive, got x {list(x.shape)}, out_features {out_features}, weight "
-            f"{list(weight.shape)}"
+            f"positive, got x {list(shape)}, out_features {out_features}, weight {list(blocks)}"
         )
-    if not is_int8 and (x.dtype not in DTYPES or weight.dtype != x.dtype):
+    if not is_int8 and (dtype not in DTYPES or weight.dtype != dtype):
         fail(
             f"x and weight must share one of {', '.join(map(str, DTYPES))}, "
-            f"got {x.dtype} and {weight.dtype}"
+            f"got {dtype} and {weight.dtype}"
         )
-    block = int8.block_shape(weight) if is_int8 else tuple(weight.shape[1:])
-    block_rows, _ = bsr.grid(out_features, x.shape[-1], block)
-    for label, index, size in (("crow", crow, block_rows + 1), ("col", col, weight.shape[0])):
+    block_rows = -(-out_features // block_out)
+    for label, index, size in (("crow", crow, block_rows + 1), ("col", col, nnz)):
         if index.dtype != torch.int32 or index.shape != (size,):
             fail(
                 f"{label}_indices must be int32 [{size}], got {index.dtype} {list(index.shape)}; "
-                f"out_features is {out_features}, weight {list(weight.shape)}"
+                f"out_features is {out_features}, weight {list(blocks)}"
             )
-    _check_added("bias", bias, (out_features,), x.dtype)
-    _check_added("residual", residual, (*x.shape[:-1], out_features), x.dtype)
+    _check_added("bias", bias, (out_features,), dtype)
+    if residual is not None:
+        _check_added("residual", residual, (*shape[:-1], out_features), dtype)
     check_devices(
         NAME, x=x, weight=weight, weight_scales=scales, crow_indices=crow, col_indices=col,
         bias=bias, residual=residual,
