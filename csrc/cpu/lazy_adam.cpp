@@ -22,7 +22,7 @@ void lazy_adam(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg
   for (const Tensor* t : {&param, &exp_avg, &exp_avg_sq})
     STD_TORCH_CHECK(t->dim() == 2 && t->sizes() == param.sizes() && t->is_contiguous() &&
                         t->scalar_type() == param.scalar_type(),
-                    kOp, ": param and its moments must be contiguous, of one shape [V, D] and dtype");
+                    kOp, ": param and its moments must be contiguous, of one shape and dtype");
   STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long &&
                       grad.dim() == 2 && grad.size(0) == rows.size(0) &&
                       grad.size(1) == param.size(1) && grad.scalar_type() == param.scalar_type(),

@@ -3,8 +3,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lean_kernels._autograd import once_differentiable
 from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops import _row_norm
 from lean_kernels.ops._row_norm import RowNorm

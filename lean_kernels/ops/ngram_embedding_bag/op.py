@@ -3,8 +3,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lean_kernels._autograd import once_differentiable
 from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops.ngram_embedding_bag import reference
 

@@ -5,9 +5,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lean_kernels._autocast import autocast
+from lean_kernels._autograd import once_differentiable
 from lean_kernels._dispatch import Impl, Kernel, check_devices, check_impl, resolve
 from lean_kernels.ops.ragged_attention import reference
 
