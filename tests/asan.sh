@@ -35,7 +35,8 @@ for isa in generic avx2 avx512 amx; do
     tests/ops/test_block_sparse_linear_amx.py tests/ops/test_ragged_attention_amx.py
   python -m pytest -q -x -p no:cacheprovider --capture=sys \
     -k "cpu and not opcheck and not compile and not gradcheck" \
-    tests/ops/test_add_layer_norm.py tests/ops/test_low_rank_embedding.py \
+    tests/ops/test_add_layer_norm.py tests/ops/test_lazy_adam.py \
+    tests/ops/test_low_rank_embedding.py \
     tests/ops/test_low_rank_logits.py \
     tests/ops/test_ngram_embedding_bag.py tests/ops/test_ragged_attention.py \
     tests/ops/test_tensor_product_embedding.py tests/ops/test_tensor_train_embedding.py \
