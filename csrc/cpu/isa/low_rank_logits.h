@@ -25,12 +25,20 @@ void pack_x(const LowRankLogits& p, void* packed) {
   }
 }
 
+template <class C>
+void fetch_words(const LowRankLogits& p, int64_t begin, int64_t end) {
+  for (int64_t v = begin; v < min_of(end, p.vocabulary); ++v)
+    for (int64_t k = 0; k < p.rank; k += 64 / sizeof(C))
+      __builtin_prefetch(static_cast<const C*>(p.codes) + v * p.code_stride + k, 0, 2);
+}
+
 // Codes of words [begin, end) as [strip][depth][kStrip], and their bias; past the last word of the
-// vocabulary it is repeated.
+// vocabulary it is repeated. Fetches those of the next group.
 template <class S, class C, class A>
 void pack_words(const LowRankLogits& p, int64_t begin, int64_t end, A* words, A* bias) {
   constexpr int64_t N = kStrip<A>;
   for (int64_t v = begin; v < end; v += N, words += p.depth() * N, bias += N) {
+    fetch_words<C>(p, v + p.group, v + p.group + N);
     const auto word = [&](int64_t i) { return min_of(v + i, p.vocabulary - 1); };
     transpose_codes<A>(
         p.rank, N,
@@ -41,13 +49,6 @@ void pack_words(const LowRankLogits& p, int64_t begin, int64_t end, A* words, A*
       bias[i] = p.bias ? widen(static_cast<const S*>(p.bias)[word(i)]) : A(0);
     }
   }
-}
-
-template <class C>
-void fetch_words(const LowRankLogits& p, int64_t begin, int64_t end) {
-  for (int64_t v = begin; v < min_of(end, p.vocabulary); ++v)
-    for (int64_t k = 0; k < p.rank; k += 64 / sizeof(C))
-      __builtin_prefetch(static_cast<const C*>(p.codes) + v * p.code_stride + k, 0, 2);
 }
 
 template <class S, class C>
@@ -66,9 +67,6 @@ void logits_of(const LowRankLogits& p, const void* packed, int64_t begin, int64_
     // Row by row of panels: few pages are written in turn, and lines soon are whole.
     for (int64_t i = 0, at = 0, height; i < cut.count; ++i, at += height) {
       height = cut.height + (i < cut.taller);
-      // With few rows there is no work to hide it behind, and the processor's own is as good.
-      if (cut.count > 1)
-        fetch_words<C>(p, last + p.group * i / cut.count, last + p.group * (i + 1) / cut.count);
       const A* w = words;
       for (int64_t v = group; v < last; v += N, w += p.depth() * N) {
         S* out = static_cast<S*>(p.out) + at * p.vocabulary + v;
