@@ -87,8 +87,8 @@ def test_gradients(impl, p):
     bound_dx = reference.grad_input(grad.abs(), wide_w.abs(), *indices, x.shape[-1])
     assert_within(dx, exact_dx, bound_dx, p.out_features)
     block = tuple(weight.shape[1:])
-    exact_dw = reference.grad_weight(grad, wide_x, *indices, block)
-    bound_dw = reference.grad_weight(grad.abs(), wide_x.abs(), *indices, block)
+    exact_dw = reference.grad_weight(grad, wide_x, *indices, *block)
+    bound_dw = reference.grad_weight(grad.abs(), wide_x.abs(), *indices, *block)
     assert_within(dw, exact_dw, bound_dw, len(x))
 
 

@@ -71,7 +71,7 @@ def exact_grads(x, matrix, grad):
     weight, *indices = matrix
     x, weight, grad = x.double(), weight.double(), grad.double()
     dx = reference.grad_input(grad, weight, *indices, x.shape[-1])
-    return dx, reference.grad_weight(grad, x, *indices, tuple(weight.shape[1:]))
+    return dx, reference.grad_weight(grad, x, *indices, *weight.shape[1:])
 
 
 def forward(x, matrix, bias=None, residual=None, activation=None, out_features=None):

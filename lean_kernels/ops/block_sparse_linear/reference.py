@@ -4,11 +4,14 @@
 Half precisions are computed in float32 and rounded once, as the kernels do.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lean_kernels.ops.block_sparse_linear import bsr
+from lean_kernels.ops.block_sparse_linear.gradients import gradients as gradients_of
 
 ACTIVATIONS = {
     None: lambda z: z,
@@ -57,31 +60,14 @@ def grad_weight(
     x: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
-    block_shape: tuple[int, int],
+    block_out: int,
+    block_in: int,
 ) -> Tensor:
+    block_shape = block_out, block_in
     dense = _rows(_wide(grad)).t() @ _rows(_wide(x))
     blocks = bsr.gather_blocks(dense, crow_indices, col_indices, block_shape)
     out = bsr.blocks_empty(col_indices.numel(), block_shape, dtype=x.dtype, device=x.device)
     return out.copy_(blocks)
 
 
-def gradients(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    in_features: int,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, the weight and the bias; empty where not needed."""
-    dx, dw, db = (grad.new_empty(0) for _ in range(3))
-    if need_x:
-        dx = grad_input(grad, weight, crow_indices, col_indices, in_features)
-    if need_weight:
-        dw = grad_weight(grad, x, crow_indices, col_indices, weight.shape[1:])
-    if need_bias:
-        db = _rows(grad).sum(0)
-    return dx, dw, db
+gradients = partial(gradients_of, grad_input, grad_weight)

@@ -8,6 +8,8 @@ float32 products are exact (IEEE) unless `torch.backends.cuda.matmul.fp32_precis
 in dense PyTorch (`torch.set_float32_matmul_precision("high")` sets it).
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 from lean_kernels import _tuning
 from lean_kernels.ops._triton import check_device, check_interpreted
 from lean_kernels.ops.block_sparse_linear import bsr
+from lean_kernels.ops.block_sparse_linear.gradients import gradients as gradients_of
 from lean_kernels.ops.block_sparse_linear.triton_kernels import _grad_weight_kernel, _matmul_kernel
 
 NAME = "block_sparse_linear"
@@ -250,23 +253,4 @@ def grad_weight(
     return out if in_place else out.copy_(sums.sum(0).transpose(1, 2))
 
 
-def gradients(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    in_features: int,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, the weight and the bias; empty where not needed."""
-    dx, dw, db = (grad.new_empty(0) for _ in range(3))
-    if need_x:
-        dx = grad_input(grad, weight, crow_indices, col_indices, in_features)
-    if need_weight:
-        dw = grad_weight(grad, x, crow_indices, col_indices, *weight.shape[1:])
-    if need_bias:
-        db = _rows(grad).sum(0)
-    return dx, dw, db
+gradients = partial(gradients_of, grad_input, grad_weight)
