@@ -156,6 +156,58 @@ def test_compressed_layers_train_with_it(dtype):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_a_compiled_step_is_the_eager_one():
+    results = []
+    for compiled in (False, True):
+        module = model(True)
+        optimizer = LazyAdam(module.parameters(), lr=0.1)
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step)
+        results.append(train(module, [optimizer], batches(3)))
+        assert optimizer.state[module[0].weight]["step"] == 3
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_state_of_adam_goes_on_as_one_of_this():
+    torch.set_default_dtype(torch.float64)  # in which Adam counts its steps
+    try:
+        dense, ours = model(False), model(True)
+        options = {"weight_decay": 0.1, "amsgrad": True}
+        groups = [{"params": dense[0].parameters()}, {"params": dense[1].parameters(), **options}]
+        adam = torch.optim.Adam(groups, lr=0.01)
+        train(dense, [adam], batches(1))
+        assert adam.state[dense[0].weight]["step"].dtype == torch.float64
+        ours.load_state_dict(dense.state_dict())
+        optimizer = LazyAdam([{"params": part.parameters()} for part in ours])
+        optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
+        adamw = torch.optim.AdamW(groups, lr=0.01)
+        adamw.load_state_dict(copy.deepcopy(adam.state_dict()))
+        every = [torch.randperm(V)]
+        torch.testing.assert_close(
+            train(ours, [optimizer], every), train(dense, [adamw], every), rtol=1e-6, atol=1e-7
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_backward_that_needs_what_was_before_the_step_is_refused():
+    layer = lk.nn.LowRankEmbedding(V, D, 4, sparse=True)
+    optimizer = LazyAdam(layer.parameters())
+    late, early = layer(torch.tensor([1])).sum(), layer(torch.tensor([2])).sum()
+    early.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_options_of_adam_that_rows_do_not_have_are_refused(option):
+    module = model(True)
+    optimizer = LazyAdam([{"params": module.parameters(), option: True}])
+    with pytest.raises(ValueError, match=f"{option} must be False where gradients are sparse"):
+        train(module, [optimizer], batches(1))
+
+
 def test_what_does_not_fit_is_refused():
     module = model(True)
     optimizer = LazyAdam(module.parameters(), weight_decay=0.1)
@@ -164,3 +216,5 @@ def test_what_does_not_fit_is_refused():
     for options in ({"lr": torch.tensor(0.1)}, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}):
         with pytest.raises(ValueError, match="lr and betas must be numbers"):
             LazyAdam(module.parameters(), **options)
+        with pytest.raises(ValueError, match="lr and betas must be numbers"):
+            LazyAdam([{"params": module.parameters(), **options}])

@@ -102,3 +102,5 @@ def lazy_adam_(
         values = values.reshape(len(rows), features)
     kernel = _step.of(chosen, param.device.type)
     kernel(param, exp_avg, exp_avg_sq, step, rows, values, lr, *betas, eps)
+    # A backward that has saved them must not go on with what they are now.
+    torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
