@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lean_kernels.nn import exits
 from lean_kernels.nn.dropout_attention import dropout_attention
-from lean_kernels.nn.packing import Schedule, kept_counts, padding_mask, unpad
+from lean_kernels.nn.packing import Schedule, check_first, kept_counts, padding_mask, unpad
 from lean_kernels.ops.ragged_attention import ragged_attention
 from lean_kernels.ops.token_selection import (
     Threshold,
@@ -59,7 +59,10 @@ class PackedPass:
         self.config = self.layout.number(self.layers[0], "config")
         batch, length, _ = self.shape = hidden.shape
         self.padded: Tensor | None = hidden  # the state as [B, S, D], where it is at hand
-        lengths, self.places = unpad(padding_mask(mask, batch, length), batch, length)
+        tokens = padding_mask(mask, batch, length)
+        lengths, self.places = unpad(tokens, batch, length)
+        if encoder.first_only and self.places is not None:
+            check_first(tokens, lengths)
         x = hidden.flatten(0, 1)
         self.x = x if self.places is None else gather_tokens(x, self.places)
         self.soft = encoder.soft_thresholds if encoder.training else None

@@ -56,6 +56,16 @@ def unpad(mask: Tensor | None, batch: int, length: int) -> tuple[np.ndarray, Ten
     return lengths, torch.nonzero_static(mask.reshape(-1), size=total)[:, 0]
 
 
+def check_first(mask: Tensor, lengths: np.ndarray) -> None:
+    """Raise ValueError unless each sequence that has a token has one in the first place, where a
+    model that reads nothing else reads."""
+    if int(mask[:, 0].sum()) != np.count_nonzero(lengths):
+        raise ValueError(
+            "LeanEncoder: a sequence begins with padding, where this model reads its first token; "
+            'pad on the right (tokenizer.padding_side = "right")'
+        )
+
+
 def kept_counts(
     lengths: np.ndarray,
     layers: int,

@@ -166,6 +166,15 @@ def test_classifiers_compute_one_token_in_the_last_layer(family, profile):
     assert states[-1][0, 1:].abs().min() > 0
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_classifiers_refuse_padding_where_they_read(family):
+    model = lk.convert(dense(family, CLASSIFY), {"tokens": {}})
+    with pytest.raises(ValueError, match=r"begins with padding.*pad on the right"):
+        hidden(model, *batch("left", lengths=(17, 9)))
+    assert hidden(model, *batch("left", lengths=(17, 17))).isfinite().all()
+    assert hidden(model, *batch(lengths=(17, 9, 0))).isfinite().all()
+
+
 def test_models_that_read_more_than_the_first_token_get_it():
     config = CONFIGS["modernbert"]()
     config.classifier_pooling = "mean"
