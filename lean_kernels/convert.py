@@ -78,10 +78,10 @@ def convert(
             "[tokens] or [exits] section"
         )
     _check_quantization(model)
-    if why_not_convertible(model) is None:
+    if why_not_convertible(model) is None or embeddings.why_not_compressible(model) is None:
         raise ValueError(
             f"convert: the model is itself a {type(model).__name__}, which cannot be replaced in "
-            "place; use lean_kernels.nn.BlockSparseLinear.from_linear"
+            "place; use from_linear or from_embedding of a layer in lean_kernels.nn"
         )
     tables = embeddings.find(model, recipe.embedding)
     taken = {id(layer) for found in tables for layer in _replaced(model, found)}
@@ -206,7 +206,12 @@ def _linears(model: nn.Module, recipe: Recipe) -> list[Match]:
     def listed(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or is_conv1d(module)
 
-    return match(model, recipe.linear, why_not, listed, "nn.Linear and transformers' Conv1D can")
+    matches = match(model, recipe.linear, why_not, listed, "nn.Linear and transformers' Conv1D can")
+    for found in matches:
+        name, to_int8 = found.names[0], found.left_dense is None and found.rule.dtype == "int8"
+        if to_int8 and model.get_submodule(name).weight.dtype == torch.float64:
+            raise ValueError(f'convert: {name}: dtype "int8" takes no float64 weight; use .float()')
+    return matches
 
 
 def _why_not_here(model: nn.Module, names: list[str], module: nn.Module) -> str | None:

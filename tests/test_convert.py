@@ -139,14 +139,15 @@ def test_torch_prune_masks_are_seen(model):
     torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["prune", "weight_norm"])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("way", ["prune", "weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm.*:FutureWarning")
 def test_weights_that_are_computed_before_each_call_are_up_to_date(model, way):
     linear = model.layers[0].up
     if way == "prune":
         prune.random_unstructured(linear, "weight", 0.5)
     else:
-        nn.utils.weight_norm(linear)
+        getattr(nn.utils, way)(linear)
+    linear.eval()  # in training each call of spectral_norm changes the weight
     state = {name: 2 * tensor for name, tensor in model.state_dict().items() if "up" in name}
     model.load_state_dict(state, strict=False)  # computes nothing
     convert(model, {"linear": {"layers.0.up": {}}})
@@ -155,6 +156,9 @@ def test_weights_that_are_computed_before_each_call_are_up_to_date(model, way):
     if way == "prune":  # the mask has been doubled too
         expected = state["layers.0.up.weight_orig"] * state["layers.0.up.weight_mask"]
         torch.testing.assert_close(found.to_linear().weight.detach(), expected)
+    elif way == "spectral_norm":
+        weight, u, v = (state[f"layers.0.up.weight_{name}"] for name in ("orig", "u", "v"))
+        torch.testing.assert_close(found.to_linear().weight.detach(), weight / (u @ weight @ v))
     else:
         direction, size = state["layers.0.up.weight_v"], state["layers.0.up.weight_g"]
         expected = direction * size / direction.norm(dim=1, keepdim=True)
@@ -215,9 +219,20 @@ def test_modules_under_two_names_stay_shared(model):
     assert type(model.layers[0].up) is nn.Linear and model.layers[1].up is model.layers[0].up
 
 
-def test_a_bare_linear_is_pointed_to_from_linear():
+def test_a_bare_layer_is_pointed_to_what_makes_it_lean():
     with pytest.raises(ValueError, match=r"itself a Linear.*from_linear"):
         convert(nn.Linear(32, 32), {"linear": {"*": {}}})
+    with pytest.raises(ValueError, match=r"itself a Embedding.*from_embedding"):
+        convert(nn.Embedding(32, 32), {"embedding": {"*": {"kind": "low_rank", "rank": 4}}})
+
+
+def test_float64_is_not_rounded_to_int8(model):
+    before = [type(layer.up) for layer in model.double().layers]
+    with pytest.raises(ValueError, match=r"layers.0.up: dtype .int8. takes no float64 weight"):
+        convert(model, {"linear": {"*.up": {"dtype": "int8"}}})
+    assert [type(layer.up) for layer in model.layers] == before
+    with pytest.raises(ValueError, match="int8 takes no float64 weight"):
+        BlockSparseLinear.from_linear(model.layers[0].up, weight_dtype="int8")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lean_kernels.ops.block_sparse_linear import bsr, int8, op
 
+_COMPUTE_WEIGHTS = [f"torch.nn.utils.{name}" for name in ("prune", "weight_norm", "spectral_norm")]
+
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """The [out_features, in_features] weight of an nn.Linear or a Hugging Face Conv1D."""
@@ -30,7 +32,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def _compute_weight(linear: nn.Module) -> None:
     """Bring up to date a weight that is computed before each call; load_state_dict leaves it be."""
     for hook in linear._forward_pre_hooks.values():
-        if type(hook).__module__ in ("torch.nn.utils.prune", "torch.nn.utils.weight_norm"):
+        if type(hook).__module__ in _COMPUTE_WEIGHTS:
             with torch.enable_grad():
                 hook(linear, ())
 
@@ -206,6 +208,8 @@ class BlockSparseLinear(nn.Module):
         """The layer with its weight rounded to int8, symmetrically per output."""
         if self.weight_scales is not None:
             return self
+        if self.weight.dtype == torch.float64:
+            raise ValueError("BlockSparseLinear: int8 takes no float64 weight; use .float() first")
         layer = type(self)(
             self.in_features,
             self.out_features,
