@@ -75,8 +75,9 @@ def main(
         raise ValueError(f"unknown device {device!r}; expected 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' is not available in this process; use 'cpu'")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be positive, got {threads}")
+    for label, value in (("threads", threads), ("budget", budget)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{label} must be positive, got {value}")
     configs = registry.select(definition, suite, only)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

@@ -212,10 +212,10 @@ def run(
 
     with atomic_directory(out, MARKER, overwrite) as scratch:
         step("load the dense model")
+        dense = AutoModel.from_pretrained(model_name, dtype=torch.float32).eval()
         tokenizer = load_tokenizer(model_name)
         if tokenizer is None:
             raise ValueError(f"{model_name} has no tokenizer, so no text can be embedded")
-        dense = AutoModel.from_pretrained(model_name, dtype=torch.float32).eval()
         longest = longest_text(tokenizer, dense)
         batches = make_batches(tokenizer, texts, batch_size, longest, device)
         models, sizes, differences = [dense], [_saved_bytes(dense)], [0.0]

@@ -28,8 +28,11 @@ def minilm_path() -> Path:
 def read_texts(path: Path | None = None) -> list[str]:
     """The non-empty lines of a UTF-8 file; None reads the sentences shipped with the package."""
     source = files("lean_kernels").joinpath("data", "sentences.txt") if path is None else path
-    texts = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
-    texts = [text for text in texts if text]
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not a text in UTF-8: {error}") from None
+    texts = [line.strip() for line in lines if line.strip()]
     if len(texts) < 3:
         raise ValueError(f"{source}: need at least 3 lines of text, got {len(texts)}")
     return texts

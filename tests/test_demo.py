@@ -179,3 +179,8 @@ def test_recipe_takes_only_repeated_layers(model):
     ]
     with pytest.raises(ValueError, match="no linear layers"):
         demo.encoder_recipe(torch.nn.Linear(4, 4), 0.5)
+
+
+def test_a_model_that_is_not_there_is_not_one_without_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        run(str(tmp_path), tmp_path / "out")

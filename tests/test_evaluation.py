@@ -48,3 +48,6 @@ def test_texts(tmp_path):
     (tmp_path / "few.txt").write_text("one\n\n two \n")
     with pytest.raises(ValueError, match="need at least 3 lines"):
         evaluation.read_texts(tmp_path / "few.txt")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"image.png: not a text in UTF-8"):
+        evaluation.read_texts(tmp_path / "image.png")

@@ -325,6 +325,12 @@ def test_unknown_names_are_errors():
         registry.select(_case(TINY), "nothing")
 
 
+@pytest.mark.parametrize("option", [{"threads": 0}, {"budget": -1.0}], ids=str)
+def test_nothing_is_measured_in_no_time_or_on_no_thread(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be positive"):
+        run.main("block_sparse_linear", **option)
+
+
 @pytest.mark.parametrize("name", registry.CASES)
 def test_every_suite_covers_its_requirements(name):
     case = registry.load(name)
