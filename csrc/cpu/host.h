@@ -25,8 +25,8 @@ using torch::stable::Tensor;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-// Memory a thread keeps from call to call, since fresh pages cost more than small calls. A task that
-// runs on its caller's thread needs a slot of its own beside its caller's.
+// Memory a thread keeps from call to call, since fresh pages cost more than small calls. A task
+// that runs on its caller's thread needs a slot of its own beside its caller's.
 template <int slot = 0>
 void* thread_scratch(size_t bytes) {
   struct Buffer {

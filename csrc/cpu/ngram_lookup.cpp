@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// ngram_lookup on CPU: words, their hashes, those of their n-grams, and what a vocabulary calls them,
-// in one pass over each text. ops/ngram_lookup/reference.py says the same in Python.
+// ngram_lookup on CPU: words, their hashes, those of their n-grams, and what a vocabulary calls
+// them, in one pass over each text. ops/ngram_lookup/reference.py says the same in Python.
 #include <array>
 #include <cstring>
 #include <optional>

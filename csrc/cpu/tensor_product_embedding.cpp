@@ -21,7 +21,7 @@ constexpr const char* kOp = "tensor_product_embedding";
 constexpr int64_t kTaskPieces = 16;            // small enough to balance, no smaller
 constexpr int64_t kSerialWork = 1 << 19;       // multiply-adds: a second thread costs more below
 constexpr int64_t kGroupedIds = 32;            // fewer are not worth bringing together
-constexpr int64_t kScatteredBytes = 1 << 22;   // no prefetching helps rows out of order: stream more
+constexpr int64_t kScatteredBytes = 1 << 22;   // no prefetch helps rows out of order: stream more
 constexpr int64_t kChunkPieces = 512;          // whose gradients are held at a time,
 constexpr int64_t kChunkPositions = 1024;      // and of how many positions, where tables were added
 constexpr int64_t kColumns = 256;              // of an added table's gradient, in one task
@@ -190,12 +190,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad
     kernels.add_rows(partial.const_data_ptr(), every.data(), used, partial.size(1), partial.size(1),
                      dnorm.mutable_data_ptr());
     // Rows of `from` are added to the rows of `to` that their keys name.
-    const auto add_grouped = [&](int64_t keyed, const auto& key, const Tensor& from, const Tensor& to,
-                                 int64_t length) {
+    const auto add_grouped = [&](int64_t keyed, const auto& key, const Tensor& from,
+                                 const Tensor& to, int64_t length) {
       same.build(keyed, key);
       const char* source = static_cast<const char*>(from.const_data_ptr());
       char* sums = static_cast<char*>(to.mutable_data_ptr());
-      const int64_t columns = ceil_div(length, kColumns), groups = ceil_div(same.count(), kTaskPieces);
+      const int64_t columns = ceil_div(length, kColumns);
+      const int64_t groups = ceil_div(same.count(), kTaskPieces);
       run_tasks(groups * columns, threads, [&](int64_t task) {
         const int64_t column = task % columns * kColumns, g = task / columns * kTaskPieces;
         for (int64_t i = g; i < std::min(g + kTaskPieces, same.count()); ++i)
@@ -219,8 +220,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_product_embedding_grad
     }
   }
   check_morphemes(right, p);
-  return {dfactors, dtables[0], dtables[1], torch::stable::clone(torch::stable::select(dnorm, 0, 0)),
-          torch::stable::clone(torch::stable::select(dnorm, 0, 1))};
+  const auto copy = [&](int64_t row) {
+    return torch::stable::clone(torch::stable::select(dnorm, 0, row));
+  };
+  return {dfactors, dtables[0], dtables[1], copy(0), copy(1)};
 }
 
 }  // namespace lean_kernels

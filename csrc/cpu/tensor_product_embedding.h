@@ -41,7 +41,7 @@ struct TensorProduct {
 struct TensorProductGrads {
   const void* grad;          // [positions, features], contiguous, in the factors' dtype
   const uint32_t* positions; // listed
-  void* shares;              // [pieces, order, rank, size] out: the gradient of each piece's factors
+  void* shares;              // [pieces, order, rank, size] out: gradients of each piece's factors
   void* weight;              // [2, features] summed up: the gradients of the norm's weight and bias
   void* rows;                // [listed, features] out: the gradient before the norm; or null
   uint32_t first;            // of the list, in `rows`

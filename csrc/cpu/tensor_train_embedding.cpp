@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// tensor_train_embedding on CPU: checks, rows in order and each once, tasks for torch's thread pool.
+// tensor_train_embedding on CPU: checks, rows in order and each once, tasks for torch's threads.
 #include <cstring>
 #include <vector>
 
@@ -132,8 +132,8 @@ std::vector<Tensor> tensor_train_embedding_grad(const Tensor& grad, const Tensor
     const int64_t rows = c.tt.rows[k], rank = c.tt.ranks[k];
     const int64_t width = c.tt.cols[k] * c.tt.ranks[k + 1];
     const Tensor slices = torch::stable::view(c.tensors[k], {rows, rank, width});
-    transposed.push_back(k == 0 ? slices
-                                : torch::stable::contiguous(torch::stable::transpose(slices, 1, 2)));
+    const auto turned = [&] { return torch::stable::transpose(slices, 1, 2); };
+    transposed.push_back(k == 0 ? slices : torch::stable::contiguous(turned()));
     c.tt.transposed[k] = transposed[k].const_data_ptr();
     sums.push_back(torch::stable::new_zeros(c.tensors[k], {parts, rows * rank * width}));
   }

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kBlocksPerProcessor = 8;  // of kMoveThreads: all the threads one holds
 
-// Results with `rows` rows, and what moves there. `kept` owns copies of tensors without packed rows.
+// Results with `rows` rows, and what moves there. `kept` owns copies of those without packed rows.
 std::vector<Tensor> plan(const std::vector<Tensor>& tensors, int64_t rows, std::vector<Move>& moves,
                          std::vector<Tensor>& kept) {
   std::vector<Tensor> results;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels of select_tokens and gather_tokens. Two launches do all of it:
-//   select_kernel   a block per sequence finds the kept tokens and lists them where the sequence lies
+//   select_kernel   a block per sequence finds the kept tokens, listed where the sequence lies
 //   compact_kernel  adds up the counts, closes the gaps, and moves the rows of every tensor
 // No block waits for another, and nothing needs to be zeroed first, so that a CUDA graph of the two
 // can be replayed. Also compiled for the CPU, by tests/cuda_emulator.h.

@@ -35,7 +35,7 @@ LK_INLINE Vec<typename Accumulator<S>::type> load_row(const S* p) {
 }
 
 // Columns of the sums: `count` vectors from `first` on, but for the last, which is at `last`. The
-// sums stay in registers, and each row's part of the columns is fetched kAhead rows before its turn.
+// sums stay in registers, and each row's part of the columns is fetched kAhead rows ahead.
 template <int count, class S, class A>
 LK_INLINE void sum_columns(const NgramRows& p, int64_t begin, int64_t end, int64_t first,
                            int64_t last, A* sums) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// tensor_product_embedding of one instruction set. A row is a product [q, r] x [r, q^(n-1)] with the
-// ranks as its inner dimension, all of it in L1.
+// tensor_product_embedding of one instruction set. A row is a product [q, r] x [r, q^(n-1)] with
+// the ranks as its inner dimension, all of it in L1.
 #include "../isa.h"
 
 #include <algorithm>
@@ -47,8 +47,8 @@ bool make_rows(const TensorProduct& p, const EmbeddingRows& end, const Piece* pi
   return true;
 }
 
-// sums += g * normal and g, dx = the gradient of x, for g that of the row normalised. In place if dx
-// is g.
+// sums += g * normal and g, dx = the gradient of x, for g that of the row normalised. In place if
+// dx is g.
 template <class A>
 void norm_grad(const EmbeddingRows& p, const A* x, const A* g, A* sums, A* dx) {
   const int64_t n = p.features;

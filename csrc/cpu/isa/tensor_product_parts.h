@@ -72,8 +72,8 @@ LK_INLINE Vec<A> first_lanes(Vec<A> v, int64_t n, std::integer_sequence<int, lan
   return lanes < I(n) ? v : Vec<A>{};
 }
 
-// to[i][a * width + t] = factor[i][a] * tail[i][t] for a < digits, t < width; ranks i `size` apart in
-// factor, `tail_stride` in tail, digits * width in to.
+// to[i][a * width + t] = factor[i][a] * tail[i][t] for a < digits, t < width; ranks i `size` apart
+// in factor, `tail_stride` in tail, digits * width in to.
 template <class A>
 LK_INLINE void tensor_product(const A* factor, const A* tail, A* to, int64_t rank, int64_t size,
                               int64_t tail_stride, int64_t digits, int64_t width) {
@@ -141,8 +141,8 @@ void multiply(Factor<A> factor, const A* tail, int64_t tail_stride, A* y, int64_
               int64_t rows, int64_t width) {
   constexpr int W = kLanes<A>, kRows = 4, kVectors = kVectorBytes == 64 ? 4 : 2;
   const int64_t vectors = (width + W - 1) / W;
-  // A row's last vector spills into the next row. Tiles go down from it and rows up, so that what is
-  // right is written last.
+  // A row's last vector spills into the next row. Tiles go down from it and rows up, so that what
+  // is right is written last.
   for (int64_t a = 0; a < rows; a += kRows, factor.at += kRows * factor.row_step) {
     const int64_t some = rows - a < kRows ? rows - a : kRows;
     for (int64_t v = (vectors - 1) / kVectors * kVectors; v >= 0; v -= kVectors) {

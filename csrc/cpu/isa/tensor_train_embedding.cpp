@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// tensor_train_embedding of one instruction set. Rows come in rising order, so those that begin with
-// the same indices follow one another: each product of leading cores is made once and stays in L1
-// while they pass. Backward goes down the same stack, and each product's gradient is complete before
-// it is passed on.
+// tensor_train_embedding of one instruction set. Rows come in rising order, so those that begin
+// with the same indices follow one another: each product of leading cores is made once and stays in
+// L1 while they pass. Backward goes down the same stack, and each product's gradient is complete
+// before it is passed on.
 #include "../isa.h"
 
 #include <algorithm>
