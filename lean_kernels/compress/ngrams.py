@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lean_kernels.compress.exits import losses
 from lean_kernels.nn.ngram_classifier import NGramClassifier
-from lean_kernels.nn.ngram_vocabulary import NGramVocabulary, pack
+from lean_kernels.nn.ngram_vocabulary import NGramVocabulary, check_texts, pack
 from lean_kernels.ops.ngram_lookup import ngram_lookup
 from lean_kernels.optim import LazyAdam
 
@@ -47,6 +47,7 @@ def build_vocabulary(
         raise ValueError(
             f"build_vocabulary: size and min_count must be positive, got {size} and {min_count}"
         )
+    check_texts(texts)
     keys = counts = torch.empty(0, dtype=torch.int64)
     pending, waiting = [], 0
     with _bar("n-grams", texts, progress) as counted:

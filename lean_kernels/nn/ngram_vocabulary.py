@@ -14,10 +14,15 @@ FORMAT = "lean_kernels.ngram_vocabulary"
 VERSION = "1"
 
 
-def pack(texts: Sequence[str | bytes]) -> tuple[Tensor, Tensor]:
-    """Texts as one uint8 tensor and int64 offsets [B + 1]. Lone surrogates are kept as they are."""
+def check_texts(texts) -> None:
+    """Raise TypeError for a single text, whose letters would pass for texts."""
     if isinstance(texts, str | bytes):
         raise TypeError(f"n-grams: texts must be a sequence of str or bytes, got one {type(texts)}")
+
+
+def pack(texts: Sequence[str | bytes]) -> tuple[Tensor, Tensor]:
+    """Texts as one uint8 tensor and int64 offsets [B + 1]. Lone surrogates are kept as they are."""
+    check_texts(texts)
     parts = [t.encode("utf-8", "surrogatepass") if isinstance(t, str) else t for t in texts]
     joined = bytearray().join(parts)
     text = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0).byte()

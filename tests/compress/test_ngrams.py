@@ -43,6 +43,8 @@ def test_what_gives_no_vocabulary_is_refused():
         ngrams.build_vocabulary(["", " "], 10)
     with pytest.raises(ValueError, match="size and min_count must be positive"):
         ngrams.build_vocabulary(CORPUS, 0)
+    with pytest.raises(TypeError, match="texts must be a sequence of str or bytes, got one"):
+        ngrams.build_vocabulary("the cat sat", 10)
 
 
 class Teacher(nn.Module):

@@ -82,8 +82,8 @@ def lazy_adam_(
 
     Raises:
         ValueError: a shape, dtype, layout, device or impl that does not fit.
-        RuntimeError: on CPU, a row out of bounds (elsewhere it is left out); a named impl is not
-            available here.
+        IndexError or RuntimeError: on CPU, a row out of bounds; elsewhere it is left out.
+        RuntimeError: a named impl is not available here.
 
     Computed in float32 (float64 for float64), and rounded once. Adam: arXiv 1412.6980, algorithm 1,
     with rows left alone as torch.optim.SparseAdam leaves them; that one adds eps before the second
