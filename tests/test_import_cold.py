@@ -46,6 +46,12 @@ def test_converting_pulls_in_nothing_optional():
     assert not modules & _OPTIONAL
 
 
+def test_compressing_does_not_wait_for_dynamo():
+    script = "import sys, lean_kernels.compress.ngrams; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_without_transformers_load_says_what_to_install():
     script = (
         "import sys; sys.modules['transformers'] = None\n"

@@ -16,7 +16,6 @@ from lean_kernels.compress.exits import losses
 from lean_kernels.nn.ngram_classifier import NGramClassifier
 from lean_kernels.nn.ngram_vocabulary import NGramVocabulary, check_texts, pack
 from lean_kernels.ops.ngram_lookup import ngram_lookup
-from lean_kernels.optim import LazyAdam
 
 __all__ = ["build_vocabulary", "distill", "teacher_logits"]
 
@@ -161,6 +160,8 @@ def distill(
     Raises:
         ValueError: arguments that do not fit.
     """
+    from lean_kernels.optim import LazyAdam  # imports torch._dynamo, which takes a second
+
     if isinstance(teacher, nn.Module):
         if tokenizer is None:
             raise ValueError("distill: a teacher that is a model needs its tokenizer")
