@@ -51,20 +51,26 @@ void* thread_scratch(size_t bytes) {
   return buffer.data;
 }
 
-// Runs task(i) for i in [0, count): the first tasks on the same threads in every call, so that what
-// they touch is still in their caches, and the others on whichever thread is free.
+// Runs work(each) on every thread that shares [0, count); each(task) runs task(i) for its part of
+// them: the first ones on the same threads in every call, so that what they touch is still in their
+// caches, and the others on whichever thread is free.
 template <class F>
-void run_tasks(int64_t count, int64_t threads, const F& task) {
-  if (count == 1 || threads == 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
+void run_workers(int64_t count, int64_t threads, const F& work) {
   const int64_t workers = std::min(count, threads);
   std::atomic<int64_t> next{workers};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i = worker; i < count; i = next.fetch_add(1)) task(i);
-  });
+      work([&](const auto& task) {
+        for (int64_t i = worker; i < count; i = next.fetch_add(1)) task(i);
+      });
+  };
+  if (workers <= 1) return run(0, workers);
+  torch::stable::parallel_for(0, workers, 1, run);
+}
+
+template <class F>
+void run_tasks(int64_t count, int64_t threads, const F& task) {
+  run_workers(count, threads, [&](const auto& each) { each(task); });
 }
 
 inline Dtype dtype_of(const Tensor& t, const char* op) {

@@ -20,6 +20,7 @@ constexpr int64_t kGradBytes = 2 << 16;      // the same beside sums and gradien
 constexpr int64_t kMostRows = 96;
 constexpr int64_t kPackTask = 1 << 16;       // elements of the decoder
 constexpr int64_t kGroupedFlop = 2048;       // of a row: less costs no more than finding its copies
+constexpr int64_t kPlaceFlop = 20;           // per feature, that a place takes as long as
 constexpr int64_t kParts = 16;               // sums of the decoder's gradient made side by side
 constexpr int64_t kPartBytes = 1 << 26;      // of all of them
 constexpr int64_t kSumTask = 128;            // rows of codes or features
@@ -82,14 +83,26 @@ struct Problem {
   // Memory of the calling thread for the packed decoder.
   void* pack_room() const { return thread_scratch<1>(sizes.packed * wide_bytes); }
 
-  // Fills `packed`, and calls `meanwhile` in a task of its own.
+  int64_t pack_tasks() const {
+    return std::clamp<int64_t>(p.features * p.rank / kPackTask, 1, sizes.strips);
+  }
+
+  void* pack_alone() const {
+    void* packed = pack_room();
+    kernels.pack(p, 0, sizes.strips, packed);
+    return packed;
+  }
+
+  // Packs in many tasks, and calls `meanwhile` in one of its own.
   template <class F>
-  void pack_and(void* packed, int64_t threads, const F& meanwhile) const {
-    const int64_t tasks = std::clamp<int64_t>(p.features * p.rank / kPackTask, 1, sizes.strips);
+  void* pack_and(int64_t threads, const F& meanwhile) const {
+    void* packed = pack_room();
+    const int64_t tasks = pack_tasks();
     run_tasks(1 + tasks, threads, [&](int64_t i) {
       if (i == 0) return meanwhile();
       kernels.pack(p, sizes.strips * (i - 1) / tasks, sizes.strips * i / tasks, packed);
     });
+    return packed;
   }
 
   // Rows of a task: whole panels, that stay in L2.
@@ -120,18 +133,25 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
   if (problem.ids.count == 0) return out;
 
   Pieces& work = thread_pieces();
-  int64_t rows = problem.ids.count;
+  const int64_t places = problem.ids.count;
+  int64_t rows = places;
   const int64_t threads = problem.threads_for(problem.flop(rows));
   std::vector<Piece> each;
-  void* packed = problem.pack_room();
-  problem.pack_and(packed, threads, [&] {
+  const auto group = [&] {
     if (rows > 1 && problem.flop(1) >= kGroupedFlop) {
       work.build(problem.ids);
     } else {
       for (int64_t i = 0; i < rows; ++i)
         each.push_back({problem.ids[i], uint32_t(i), uint32_t(i + 1)});
     }
-  });
+  };
+  // A small decoder every thread packs for itself: to share it takes a thread longer.
+  void* shared = nullptr;
+  if (problem.pack_tasks() > 1) {
+    shared = problem.pack_and(threads, group);
+  } else {
+    group();
+  }
   p.pieces = each.data();
   if (each.empty()) {
     rows = work.count();
@@ -140,15 +160,26 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
   }
   int64_t tasks = ceil_div(rows, problem.task_rows());
   if (tasks < 4 * threads) tasks = std::min(rows, ceil_div(tasks, threads) * threads);
-  const auto row_at = [&](int64_t task) { return rows * task / tasks; };
-  run_tasks(tasks, threads, [&](int64_t i) {
-    const int64_t from = row_at(i), to = row_at(i + 1);
-    const size_t positions = p.pieces[to - 1].end - p.pieces[from].begin;
-    const LowRankSizes& sizes = problem.sizes;
-    const size_t scratch =
-        (to - from) * sizes.row_scratch + positions * sizes.position_scratch + sizes.slack;
-    problem.kernels.rows(p, end.rows, packed, from, to,
-                         thread_scratch(scratch * problem.wide_bytes));
+  // Tasks take as long, not as many rows: each place a row goes to takes its time too.
+  const auto cost = [&](int64_t row, int64_t place) { return 2 * p.rank * row + kPlaceFlop * place; };
+  const auto row_at = [&](int64_t task) {
+    const int64_t before = cost(rows, places) * task / tasks;
+    return std::partition_point(p.pieces, p.pieces + rows, [&](const Piece& piece) {
+             return cost(&piece - p.pieces, piece.begin) < before;
+           }) - p.pieces;
+  };
+  run_workers(tasks, threads, [&](const auto& each_task) {
+    const void* packed = shared ? shared : problem.pack_alone();
+    each_task([&](int64_t i) {
+      const int64_t from = row_at(i), to = row_at(i + 1);
+      if (from == to) return;  // a row alone may take as long as several tasks
+      const size_t positions = p.pieces[to - 1].end - p.pieces[from].begin;
+      const LowRankSizes& sizes = problem.sizes;
+      const size_t scratch =
+          (to - from) * sizes.row_scratch + positions * sizes.position_scratch + sizes.slack;
+      problem.kernels.rows(p, end.rows, packed, from, to,
+                           thread_scratch(scratch * problem.wide_bytes));
+    });
   });
   return out;
 }
@@ -172,13 +203,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_embedding_grad(
   Pieces& work = thread_pieces();
   void* grad_packed =
       need_codes ? thread_scratch<2>(sizes.grad_packed * problem.wide_bytes) : nullptr;
-  void* packed = p.activation ? problem.pack_room() : nullptr;
+  void* packed = nullptr;
   const auto prepare = [&](int64_t i) {
     if (i == 0) work.build(problem.ids, padding_idx);
     if (i == 1 && need_codes) kernels.grad_pack(p, grad_packed);
   };
   if (p.activation) {
-    problem.pack_and(packed, threads, [&] { prepare(0), prepare(1); });
+    packed = problem.pack_and(threads, [&] { prepare(0), prepare(1); });
   } else {
     run_tasks(2, threads, prepare);
   }
