@@ -25,12 +25,17 @@ void pack_x(const LowRankLogits& p, void* packed) {
   }
 }
 
-template <class C>
-void fetch_words(const LowRankLogits& p, int64_t begin, int64_t end) {
-  for (int64_t v = begin; v < min_of(end, p.vocabulary); ++v)
-    for (int64_t k = 0; k < p.rank; k += 64 / sizeof(C))
-      __builtin_prefetch(static_cast<const C*>(p.codes) + v * p.code_stride + k, 0, 2);
-}
+// Fetches memory [next, end) into L2, a line at each call. All at once lines fill the queue of
+// misses, and loads wait for it; out of order they come late.
+struct FetchLines {
+  const char *next, *end;
+
+  LK_INLINE void operator()() {
+    if (next >= end) return;
+    __builtin_prefetch(next, 0, 2);
+    next += 64;
+  }
+};
 
 // Codes of words [begin, end) as [strip][depth][kStrip], and their bias; past the last word of the
 // vocabulary it is repeated. Fetches those of the next group.
@@ -38,12 +43,15 @@ template <class S, class C, class A>
 void pack_words(const LowRankLogits& p, int64_t begin, int64_t end, A* words, A* bias) {
   constexpr int64_t N = kStrip<A>;
   for (int64_t v = begin; v < end; v += N, words += p.depth() * N, bias += N) {
-    fetch_words<C>(p, v + p.group, v + p.group + N);
     const auto word = [&](int64_t i) { return min_of(v + i, p.vocabulary - 1); };
+    const auto row = [&](int64_t i) {
+      return static_cast<const C*>(p.codes) + word(i) * p.code_stride;
+    };
     transpose_codes<A>(
-        p.rank, N,
-        [&](int64_t i) { return static_cast<const C*>(p.codes) + word(i) * p.code_stride; },
-        [&](int64_t i) { return p.scales ? A(p.scales[word(i)]) : A(1); }, words);
+        p.rank, N, row,
+        [&](int64_t i) { return p.scales ? A(p.scales[word(i)]) : A(1); }, words,
+        FetchLines{reinterpret_cast<const char*>(row(p.group)),
+                   reinterpret_cast<const char*>(row(p.group + N))});
     for (int64_t i = 0; i < N; ++i) {
       if (p.shift) words[p.rank * N + i] = 1;
       bias[i] = p.bias ? widen(static_cast<const S*>(p.bias)[word(i)]) : A(0);

@@ -36,10 +36,15 @@ LK_INLINE A code_scale(const LowRank& p, int64_t group) {
   return p.scales ? A(p.scales[p.pieces[group].id]) : A(1);
 }
 
+struct FetchNoCodes {
+  LK_INLINE void operator()() {}
+};
+
 // row(i), of `rank` codes to be multiplied by scale(i), for i in [0, rows), as [rank][rows]. May
-// write a vector past the end.
-template <class A, class Row, class Scale>
-LK_INLINE void transpose_codes(int64_t rank, int64_t rows, Row row, Scale scale, A* to) {
+// write a vector past the end. `fetch()` is called beside each load.
+template <class A, class Row, class Scale, class Fetch = FetchNoCodes>
+LK_INLINE void transpose_codes(int64_t rank, int64_t rows, Row row, Scale scale, A* to,
+                               Fetch fetch = {}) {
   constexpr int W = kLanes<A>;
   for (int64_t at_k = 0; at_k < rank; at_k += W) {
     // The last vector is one with some before it, where there are enough.
@@ -50,6 +55,7 @@ LK_INLINE void transpose_codes(int64_t rank, int64_t rows, Row row, Scale scale,
       for (int i = 0; i < W; ++i) {
         const int64_t r = min_of(at + i, rows - 1);
         const auto* from = row(r) + k;
+        fetch();
         if (rank >= W) {
           v[i] = load_code<A>(from, scale(r));
         } else {
