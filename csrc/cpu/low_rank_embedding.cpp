@@ -19,6 +19,7 @@ constexpr int64_t kScratchBytes = 3 << 16;   // of rows one task makes: they sta
 constexpr int64_t kGradBytes = 2 << 16;      // the same beside sums and gradients to come
 constexpr int64_t kMostRows = 96;
 constexpr int64_t kPackTask = 1 << 16;       // elements of the decoder
+constexpr int64_t kFewPlaces = 2048;         // grouped sooner than a packed decoder is shared
 constexpr int64_t kGroupedFlop = 2048;       // of a row: less costs no more than finding its copies
 constexpr int64_t kPlaceFlop = 20;           // per feature, that a place takes as long as
 constexpr int64_t kParts = 16;               // sums of the decoder's gradient made side by side
@@ -145,9 +146,9 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
         each.push_back({problem.ids[i], uint32_t(i), uint32_t(i + 1)});
     }
   };
-  // A small decoder every thread packs for itself: to share it takes a thread longer.
+  // A small decoder every thread packs for itself: to share it takes longer.
   void* shared = nullptr;
-  if (problem.pack_tasks() > 1) {
+  if (problem.pack_tasks() > 1 || places > kFewPlaces) {
     shared = problem.pack_and(threads, group);
   } else {
     group();
@@ -160,8 +161,12 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
   }
   int64_t tasks = ceil_div(rows, problem.task_rows());
   if (tasks < 4 * threads) tasks = std::min(rows, ceil_div(tasks, threads) * threads);
-  // Tasks take as long, not as many rows: each place a row goes to takes its time too.
-  const auto cost = [&](int64_t row, int64_t place) { return 2 * p.rank * row + kPlaceFlop * place; };
+  // Tasks take as long, not as many rows: each place takes its time too, unless rows are just
+  // copied there, beside the products.
+  const int64_t place_flop = end.rows.plain() ? 0 : kPlaceFlop;
+  const auto cost = [&](int64_t row, int64_t place) {
+    return 2 * p.rank * row + place_flop * place;
+  };
   const auto row_at = [&](int64_t task) {
     const int64_t before = cost(rows, places) * task / tasks;
     return std::partition_point(p.pieces, p.pieces + rows, [&](const Piece& piece) {
@@ -172,7 +177,7 @@ Tensor low_rank_embedding(const Tensor& ids, const Tensor& codes, Maybe scales,
     const void* packed = shared ? shared : problem.pack_alone();
     each_task([&](int64_t i) {
       const int64_t from = row_at(i), to = row_at(i + 1);
-      if (from == to) return;  // a row alone may take as long as several tasks
+      if (from == to) return;
       const size_t positions = p.pieces[to - 1].end - p.pieces[from].begin;
       const LowRankSizes& sizes = problem.sizes;
       const size_t scratch =

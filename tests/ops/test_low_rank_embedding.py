@@ -116,6 +116,18 @@ def test_a_row_depends_on_its_ids_alone(dtype):
         torch.set_num_threads(before)
 
 
+@needs_cpu_kernels
+def test_one_row_may_take_as_long_as_several_tasks():
+    p = problem((50, 8, 528), (130,), norm="layer")
+    p.ids[5:] = 7
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        check(p, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
 def grad_arguments(p, grad, padding_idx=-1, by_frequency=False, sparse=False):
     code = op.ACTIVATIONS.index(p.options["activation"])
     scales = p.options.get("scales")
