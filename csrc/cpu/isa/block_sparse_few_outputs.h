@@ -94,46 +94,48 @@ void sum_lanes_rows(const Weights<A>& w, int64_t begin, int64_t end, const A* x,
 #if defined(__AVX512F__)
 constexpr int kHeld = 16;   // inputs multiplied at once
 constexpr int kAtOnce = 4;  // outputs added to at once
+constexpr int kChains = 4;  // of an output's sum: each takes its quarter of kHeld inputs
 
-// sums[n] += x(i) w[n * ldw + i] over i < kHeld, in two chains each; lanes along rows.
-template <int N, class V, class X, class A>
-LK_INLINE void add_products(V (&sums)[N], const X& x, const A* w, int64_t ldw) {
-  V odd[N];
-#pragma GCC unroll 8
-  for (int i = 0; i < kHeld; i += 2) {
-    const V even_x = x(i), odd_x = x(i + 1);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const A* wn = w + n * ldw + i;
-      sums[n] += even_x * wn[0];
-      odd[n] = i ? odd[n] + odd_x * wn[1] : odd_x * wn[1];
-    }
-  }
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) sums[n] += odd[n];
+// Half a vector, of the rows where no more are there: twice as many additions a cycle.
+template <class A>
+struct HalfOf {
+  typedef A type __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <class A>
+using Half = typename HalfOf<A>::type;
+template <class V, class A>
+LK_INLINE V load_as(const A* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
 }
 
-// The same, lanes along rows, for multiples of kHeld inputs and kAtOnce outputs, which share each x
-// they read. V: as many rows as are there, whole vectors or half. x: panel [input][W rows].
+// sum_lanes_rows for multiples of kHeld inputs and kAtOnce outputs, which share each x they read.
+// V: as many rows as are there, whole vectors or half.
 template <class A, class V, int kBlockIn>
 void sum_at_once(const Weights<A>& w, int64_t begin, int64_t end, const A* x, int64_t, A* sums) {
-  constexpr int W = kLanes<A>;
-  typedef V Unaligned __attribute__((aligned(alignof(A)), may_alias));
+  constexpr int W = kLanes<A>, kQuarter = kHeld / kChains;
   const int64_t block_in = kBlockIn ? kBlockIn : w.block_in;
   const int64_t ldw = kBlockIn ? kBlockIn : w.out_stride;
   for (int64_t g = begin; g < end; ++g)
     for (int64_t o = 0; o < w.block_out; o += kAtOnce, sums += kAtOnce * W) {
-      V acc[kAtOnce] = {};
+      V acc[kAtOnce][kChains] = {};
       for (int64_t e = w.ptr[g]; e < w.ptr[g + 1]; ++e) {
         const A* xb = x + w.index[e] * (W * block_in);
         const A* wb = w.block(e, o);
-        for (int64_t k = 0; k < block_in; k += kHeld, xb += kHeld * W)
-          add_products(
-              acc, [&](int i) -> V { return *reinterpret_cast<const Unaligned*>(xb + i * W); },
-              wb + k, ldw);
+        for (int64_t k = 0; k < block_in; k += kHeld, xb += kHeld * W, wb += kHeld)
+#pragma GCC unroll 16
+          for (int i = 0; i < kHeld; ++i) {
+            const V xs = load_as<V>(xb + i * W);
+#pragma GCC unroll 4
+            for (int n = 0; n < kAtOnce; ++n) acc[n][i / kQuarter] += xs * wb[n * ldw + i];
+          }
       }
 #pragma GCC unroll 4
-      for (int n = 0; n < kAtOnce; ++n) *reinterpret_cast<Unaligned*>(sums + n * W) = acc[n];
+      for (int n = 0; n < kAtOnce; ++n) {
+        const V sum = (acc[n][0] + acc[n][1]) + (acc[n][2] + acc[n][3]);
+        memcpy(sums + n * W, &sum, sizeof(V));
+      }
     }
 }
 #endif
@@ -162,9 +164,8 @@ SumGroups<A> sum_groups(const BlockMatrix& m, const Weights<A>& w, int64_t rows)
   constexpr int W = kLanes<A>;
 #if defined(__AVX512F__)
   if (sums_at_once(m)) {
-    typedef A Half __attribute__((vector_size(kVectorBytes / 2)));
     const bool small = w.block_in == kHeld && w.out_stride == kHeld;
-    if (2 * rows <= W) return small ? sum_at_once<A, Half, kHeld> : sum_at_once<A, Half, 0>;
+    if (2 * rows <= W) return small ? sum_at_once<A, Half<A>, kHeld> : sum_at_once<A, Half<A>, 0>;
     return small ? sum_at_once<A, Vec<A>, kHeld> : sum_at_once<A, Vec<A>, 0>;
   }
 #endif

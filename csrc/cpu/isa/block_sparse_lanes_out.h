@@ -136,13 +136,6 @@ bool packs_blocks(const Product& p) {
   return sizeof(S) != sizeof(typename Accumulator<S>::type) || p.w.out_stride != 1;
 }
 
-// Whether every core keeps all weights in its L2.
-template <class S>
-bool weights_are_near(const Product& p) {
-  constexpr int64_t kNearBytes = 512 << 10;
-  return p.w.ptr[p.w.groups] * p.w.block_out * p.w.block_in * int64_t(sizeof(S)) <= kNearBytes;
-}
-
 // Elements of scratch: panels of x, and a group's packed weights.
 template <class S>
 int64_t lanes_out_scratch(const Product& p, int64_t rows) {

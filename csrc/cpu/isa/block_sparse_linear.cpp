@@ -47,7 +47,9 @@ template <class S>
 RowSplit product_rows(const Product& p) {
   constexpr int W = kLanes<typename Accumulator<S>::type>;
   const Nest nest = nest_of<S>(p);
-  if (nest == kColumns) return {W, 128, 128};
+#if defined(__AVX512F__)
+  if (nest == kColumns) return {W, 128, copies_parts<S>(p, p.rows) ? 128 : 32};
+#endif
   if (nest == kFewOutputs) return {W, 72, 24};
   if (weights_are_near<S>(p) && !packs_blocks<S>(p)) return {1, 36, 8};
   return {1, 72, 24};
@@ -58,7 +60,7 @@ size_t product_scratch(const Product& p, int64_t rows) {
   using A = typename Accumulator<S>::type;
   const Nest nest = nest_of<S>(p);
 #if defined(__AVX512F__)
-  if (nest == kColumns) return ColumnsScratch<A>(p, rows).bytes;
+  if (nest == kColumns) return ColumnsScratch<S>(p, rows).bytes;
 #endif
   return sizeof(A) * size_t(nest == kLanesOut ? lanes_out_scratch<S>(p, rows)
                                               : few_outputs_scratch<S>(p, rows));

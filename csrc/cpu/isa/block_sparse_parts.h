@@ -9,6 +9,13 @@
 namespace lean_kernels {
 namespace {
 
+// Whether every core keeps all weights in its L2.
+template <class S>
+bool weights_are_near(const Product& p) {
+  constexpr int64_t kNearBytes = 512 << 10;
+  return p.w.ptr[p.w.groups] * p.w.block_out * p.w.block_in * int64_t(sizeof(S)) <= kNearBytes;
+}
+
 // x rows of one panel as [input block][panel_rows][block_in], widened, columns past the edge zero.
 template <class S, class A>
 void pack_panel(const S* x, int64_t ldx, int64_t rows, int64_t cols, int64_t block_in, A* panel,
