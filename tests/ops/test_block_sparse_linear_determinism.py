@@ -72,6 +72,20 @@ def test_a_row_does_not_depend_on_the_batch(threads, block, dtype):
         assert same_bits(part_dx, dx[rows]), f"rows {rows.tolist()}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [(1, 16), (1, 48), (4, 16), (12, 32), (16, 1)], ids=str)
+def test_few_rows_are_those_of_a_larger_batch(threads, block, dtype):
+    threads(2)
+    p = large_problem(block, dtype)
+    y, dx, *_ = forward_and_gradients(p)
+    for count in (*range(1, 13), 16, 17, 18, 26, 34, 64):
+        rows = torch.randperm(210)[:count]
+        part = replace(p, x=p.x[rows], residual=p.residual[rows], grad=p.grad[rows])
+        part_y, part_dx, *_ = forward_and_gradients(part)
+        assert same_bits(part_y, y[rows]), f"rows {rows.tolist()}"
+        assert same_bits(part_dx, dx[rows]), f"rows {rows.tolist()}"
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("block", FEW_BLOCKS, ids=str)
 def test_a_row_does_not_depend_on_the_batch_with_any_activation(block, activation):
