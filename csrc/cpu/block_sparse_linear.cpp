@@ -19,7 +19,8 @@ constexpr int64_t kMostBlock = 1 << 16, kMostElements = int64_t(1) << 46;
 constexpr int64_t kMostBlockColumns = 0x7fffffff;  // what int32 indices can name
 constexpr int64_t kMostInt8Inputs = 1 << 16;  // 255 * 128 times that fits int32
 
-// Indices of a pattern. Checked on every call: it is cheap, and no kernel can then leave its bounds.
+// Indices of a pattern. Checked on every call: it is cheap, and no kernel can then leave its
+// bounds.
 struct Pattern {
   Tensor crow, col;
   const int32_t *ptr, *index;
@@ -88,8 +89,8 @@ void check_blocks(int64_t nnz, int64_t block_out, int64_t block_in) {
   STD_TORCH_CHECK(block_out > 0 && block_in > 0 && block_out <= kMostBlock &&
                       block_in <= kMostBlock && nnz <= kMostElements / (block_out * block_in),
                   "block_sparse_linear: block sizes must lie in [1, ", kMostBlock,
-                  "] and the weight hold at most 2^46 elements, got ", nnz, " blocks of ", block_out,
-                  "x", block_in);
+                  "] and the weight hold at most 2^46 elements, got ", nnz, " blocks of ",
+                  block_out, "x", block_in);
 }
 
 void check_weight(const Tensor& weight, const Tensor& x, const Tensor& col) {
@@ -98,7 +99,9 @@ void check_weight(const Tensor& weight, const Tensor& x, const Tensor& col) {
                   "col_indices");
   check_blocks(weight.size(0), weight.size(1), weight.size(2));
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
-                  "block_sparse_linear: x and weight must have the same dtype");
+                  "block_sparse_linear: x and weight must have the same dtype, got ",
+                  toString(x.scalar_type()), " and ", toString(weight.scalar_type()),
+                  "; convert one with .to()");
 }
 
 // First group of part `i` of `parts`, parts holding about equal work: entries, and a little for
@@ -198,7 +201,8 @@ Tensor output_like(const Tensor& x, int64_t features) {
   return empty_strided(sizes, strides, dtype_code(x));
 }
 
-// activation(x Wᵀ + bias) + residual; what differs by the kind of weight is in `matrix` and `scales`.
+// activation(x Wᵀ + bias) + residual; what differs by the kind of weight is in `matrix` and
+// `scales`.
 Tensor multiply(const Tensor& x, const Pattern& pattern, const BlockMatrix& matrix,
                 const float* scales, std::optional<Tensor> bias, std::optional<Tensor> residual,
                 int64_t out_features, int64_t activation, const BlockSparseKernels& kernels) {
@@ -266,8 +270,8 @@ Tensor block_sparse_linear_int8(const Tensor& x, const Tensor& weight, const Ten
   const int64_t in_features = features_of(x, out_features, activation);
   STD_TORCH_CHECK(block_out % 16 == 0 && in_features <= kMostInt8Inputs,
                   "block_sparse_linear: int8 takes block_out of multiples of 16 and at most ",
-                  kMostInt8Inputs, " in_features, got blocks of ", block_out, "x", block_in, " and ",
-                  in_features);
+                  kMostInt8Inputs, " in_features, got blocks of ", block_out, "x", block_in,
+                  " and ", in_features);
   STD_TORCH_CHECK(weight_scales.dim() == 1 && weight_scales.size(0) == out_features &&
                       weight_scales.scalar_type() == ScalarType::Float,
                   "block_sparse_linear: weight_scales must be float32 [out_features]");
@@ -295,8 +299,9 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_linear_grad(
                   "block_sparse_linear: in_features and out_features must be positive");
   const int64_t block_out = weight.size(1), block_in = weight.size(2), rows = g.count;
   const int64_t block_cols = ceil_div(in_features, block_in);
-  STD_TORCH_CHECK(block_cols <= kMostBlockColumns, "block_sparse_linear: in_features must be at most ",
-                  kMostBlockColumns, " blocks of ", block_in, ", got ", in_features);
+  STD_TORCH_CHECK(block_cols <= kMostBlockColumns,
+                  "block_sparse_linear: in_features must be at most ", kMostBlockColumns,
+                  " blocks of ", block_in, ", got ", in_features);
   const Pattern pattern(crow_indices, col_indices, ceil_div(g.cols, block_out), block_cols);
   const Dtype dtype = dtype_of(grad, kOp);
   const BlockSparseKernels& kernels = cpu_kernels().block_sparse[dtype];

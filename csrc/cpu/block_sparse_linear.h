@@ -21,7 +21,8 @@ struct BlockMatrix {
   int64_t block_stride, out_stride, in_stride;
 };
 
-// y [rows, out_features] = activation(x [rows, in_features] Wᵀ + bias) + residual, rows of stride ld*.
+// y [rows, out_features] = activation(x [rows, in_features] Wᵀ + bias) + residual, rows of stride
+// ld*.
 struct Product {
   const void* x;
   const void* bias;      // [out_features] or null

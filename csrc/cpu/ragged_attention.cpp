@@ -114,7 +114,9 @@ struct Problem {
                     "ragged_attention: query must be [T, H, D], key and value [T_k, H_kv, D], and "
                     "H a multiple of H_kv");
     STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                    "ragged_attention: query, key and value must have the same dtype");
+                    "ragged_attention: query, key and value must have the same dtype, got ",
+                    toString(q.scalar_type()), ", ", toString(k.scalar_type()), " and ",
+                    toString(v.scalar_type()));
   }
 
   void check_ascends(const Indices& at, const Indices& bounds, const char* name) const {

@@ -2,9 +2,10 @@
 // block_sparse_linear by AMX: bfloat16, and int8 weights.
 //
 // A pair of tiles holds 32 rows of x, another 32 outputs' weights of one entry: four products of
-// 16 x 16 sums for four loads. Bfloat16 weights are packed into pairs of inputs, group by group, and
-// x is read where it is; int8 weights lie as the tiles want them, and x is packed as it is rounded.
-// Rows past the last are computed and dropped: a row's result does not depend on the batch.
+// 16 x 16 sums for four loads. Bfloat16 weights are packed into pairs of inputs, group by group,
+// and x is read where it is; int8 weights lie as the tiles want them, and x is packed as it is
+// rounded. Rows past the last are computed and dropped: a row's result does not depend on the
+// batch.
 #include "../isa.h"
 
 #if defined(__AVX512F__)

@@ -50,7 +50,7 @@ void sum_lanes_in(const Weights<A>& w, int64_t begin, int64_t end, const A* x, i
       for (int64_t r = 0; r < rows; r += W / O) {
         Vec<A> acc[W] = {};
         for (int64_t e = first; e < last; ++e) {
-          const A* xb = x + (w.index[e] * W + r) * block_in;
+          const A* xb = x + (int64_t(w.index[e]) * W + r) * block_in;
           const A* wb = w.block(e, o);
 #pragma GCC unroll 2
           for (int64_t k = 0; k < block_in; k += W)
@@ -245,7 +245,9 @@ void finish_sums(const Product& p, const A* sums, int64_t row, int64_t rows, int
 }
 
 // Groups whose sums are kept at once, and the elements that takes.
-LK_INLINE int64_t piece_groups(const BlockMatrix& w) { return ceil_div(kPieceOutputs, w.block_out); }
+LK_INLINE int64_t piece_groups(const BlockMatrix& w) {
+  return ceil_div(kPieceOutputs, w.block_out);
+}
 template <class A>
 LK_INLINE int64_t sums_size(const BlockMatrix& w) {
   return (piece_groups(w) * w.block_out + 2 * kLanes<A>) * kLanes<A>;

@@ -2,8 +2,8 @@
 // block_sparse_linear over int8 weights: rows of x are quantised to int8 while they are packed, the
 // products summed in int32, and scaled back with the epilogue.
 //
-// The byte products take one unsigned factor, so x is stored as q + 128, and 128 times the sum of an
-// output's weights is taken off again. Integer sums are exact: their order does not matter.
+// The byte products take one unsigned factor, so x is stored as q + 128, and 128 times the sum of
+// an output's weights is taken off again. Integer sums are exact: their order does not matter.
 #include "../isa.h"
 
 #include <algorithm>

@@ -20,8 +20,8 @@ void product_by_width(const Product& p, const Range& t, void* scratch) {
   product_lanes_out<S, M, 1, kNarrowRows>(p, t, scratch);
 }
 
-// The order of additions is that of the block shape alone, the same for every batch; kFewRows adds as
-// kFewOutputs does.
+// The order of additions is that of the block shape alone, the same for every batch; kFewRows adds
+// as kFewOutputs does.
 enum Nest { kLanesOut, kColumns, kFewOutputs, kFewRows };
 template <class S>
 Nest nest_of(const Product& p, int64_t rows) {

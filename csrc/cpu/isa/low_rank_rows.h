@@ -119,8 +119,8 @@ void pack(const LowRank& p, int64_t begin, int64_t end, void* packed) {
                           : A(0);
 }
 
-// activation(codes decoderᵀ + bias) of pieces [begin, end), a tile [height, kStrip] at a time: that of
-// pieces from begin + at on and features from o on goes to out(at, o), its rows ld apart, and
+// activation(codes decoderᵀ + bias) of pieces [begin, end), a tile [height, kStrip] at a time: that
+// of pieces from begin + at on and features from o on goes to out(at, o), its rows ld apart, and
 // done(at, height, o) is called. What that leaves in `side` is done along with the next tile.
 template <class S, class C, class A, class Side, class Out, class Done>
 LK_INLINE void make_tiles(const LowRank& p, int activation, const A* packed, int64_t begin,

@@ -259,8 +259,8 @@ LK_INLINE A sum_of_lanes(Vec<A> v) {
   }
 }
 
-// a and b folded into one vector: where `step` is set in a lane's number lies what `op` makes of b's
-// pairs of lanes `step` apart, elsewhere that of a's.
+// a and b folded into one vector: where `step` is set in a lane's number lies what `op` makes of
+// b's pairs of lanes `step` apart, elsewhere that of a's.
 template <int step, class A, class Op, int... lane>
 LK_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, Op op, std::integer_sequence<int, lane...>) {
   constexpr int W = sizeof...(lane);
