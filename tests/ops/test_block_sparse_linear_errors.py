@@ -156,7 +156,7 @@ _GRAD = torch.zeros(3, 60)
     [
         ({0: torch.zeros(())}, "at least one dimension"),
         ({0: torch.zeros(3, 0)}, "in_features and out_features must be positive"),
-        ({0: torch.zeros(3, 40, dtype=torch.float64)}, "must have the same dtype, got Double and Float"),
+        ({0: torch.zeros(3, 40).double()}, "the same dtype, got Double and Float"),
         ({0: torch.zeros(3, 100)}, None),
         ({0: _X.int(), 1: _W.int()}, "dtype must be float32, bfloat16, float16 or float64"),
         ({1: torch.zeros(2, 16)}, "weight must be"),
