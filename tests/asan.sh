@@ -28,6 +28,7 @@ for isa in generic avx2 avx512 amx; do
   python tests/fuzz_sequences.py --seconds "${FUZZ_SECONDS:-60}"
   # The sanitizers write to file descriptor 2, which pytest would keep to itself when they abort.
   python -m pytest -q -x -p no:cacheprovider --capture=sys \
+    tests/ops/test_block_sparse_linear_determinism.py \
     tests/ops/test_block_sparse_linear_errors.py \
     tests/ops/test_block_sparse_linear_gradients.py \
     tests/ops/test_block_sparse_linear_int8.py \
