@@ -93,7 +93,7 @@ def masked_model(config: Config, block_shape: tuple[int, int]) -> nn.Module:
     return model
 
 
-def _bytes(modules: Sequence[nn.Module]) -> int:
+def stored_bytes(modules: Sequence[nn.Module]) -> int:
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -211,7 +211,7 @@ def prepare(config: Config, options: Options) -> Workload:
         facts={
             "density": density,
             "linears replaced": len(layers) / len(linears),
-            "bytes of dense": _bytes(layers + encoder_linears(lean)) / _bytes(linears),
+            "bytes of dense": stored_bytes(layers + encoder_linears(lean)) / stored_bytes(linears),
         },
         settle=SETTLE,
     )

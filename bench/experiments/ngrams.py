@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from bench.bert_encoder import stored_bytes
 from bench.experiments import data, results, training
 from lean_kernels.compress import ngrams
 from lean_kernels.nn import NGramClassifier
@@ -41,7 +42,7 @@ def fit(data_: Data, seconds: float = 300) -> None:
         inputs = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
         return F.cross_entropy(model(**inputs).logits, _labels(rows))
 
-    finished = training.train(
+    training.train(
         data.minilm_classifier(2),
         data.read_labelled(data_ / "sst2-train.tsv"),
         loss,
@@ -51,7 +52,6 @@ def fit(data_: Data, seconds: float = 300) -> None:
         learning_rate=LEARNING_RATE,
         seconds=seconds,
     )
-    print("finished" if finished else "not finished: run this again")
 
 
 def _labels(rows: list[data.Labelled]) -> Tensor:
@@ -68,19 +68,20 @@ def _student(rows: list[data.Labelled], soft: Tensor, setting: dict) -> NGramCla
     student = NGramClassifier(
         vocabulary, 2, embedding_dim=FEATURES, hidden_features=FEATURES, dropout=DROPOUT
     )
-    options = {"distillation": setting["distillation"], "epochs": setting["epochs"]}
     ngrams.distill(
-        student, soft, _texts(rows), labels=_labels(rows), lr=STUDENT_LEARNING_RATE, **options
+        student,
+        soft,
+        _texts(rows),
+        labels=_labels(rows),
+        distillation=setting["distillation"],
+        epochs=setting["epochs"],
+        lr=STUDENT_LEARNING_RATE,
     )
     return student
 
 
 def _accuracy(logits: Tensor, rows: list[data.Labelled]) -> float:
     return 100 * (logits.argmax(1) == _labels(rows)).double().mean().item()
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
 @torch.inference_mode()
@@ -104,10 +105,8 @@ def measure(
         [row for row, out in zip(train, held_out.tolist(), strict=True) if out == wanted]
         for wanted in (False, True)
     )
-    settings, scores = (
-        [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())],
-        [],
-    )
+    settings = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
+    scores = []
     for setting in settings:
         student = _student(rest, soft[~held_out], setting)
         scores.append(_accuracy(_logits(student, _texts(kept_back)), kept_back))
@@ -131,8 +130,10 @@ def measure(
     timed = results.medians(spent, "teacher")
 
     accuracy = {name: _accuracy(logits, dev) for name, logits in found.items()}
-    sizes = {name: _bytes(model) for name, model in {"teacher": teacher, **students}.items()}
-    table = [["", "accuracy", "MB", "ms", "faster than the teacher"]]
+    sizes = {
+        name: stored_bytes([model]) for name, model in {"teacher": teacher, **students}.items()
+    }
+    table = [["", "accuracy", "MB of parameters", "ms", "faster than the teacher"]]
     for name, row in timed.items():
         table.append(
             [

@@ -112,7 +112,7 @@ def fit(data_: Data, seconds: float = 300) -> None:
             temperature=TEMPERATURE,
         )
 
-    finished = training.train(
+    training.train(
         model,
         data.read_labelled(data_ / "sst2-train.tsv"),
         loss,
@@ -122,7 +122,6 @@ def fit(data_: Data, seconds: float = 300) -> None:
         learning_rate=LEARNING_RATE,
         seconds=seconds,
     )
-    print("finished" if finished else "not finished: run this again")
 
 
 def _batches(rows: list[data.Labelled]) -> list:

@@ -96,7 +96,7 @@ def fit(
 ) -> None:
     """Fine-tune on the train split."""
     model, _ = _lean({"plain": None, "dropping": FIT_SPEED}[how])
-    finished = training.train(
+    training.train(
         model,
         data.read_pairs(data_ / "stsb-train.csv")[-FIT_PAIRS:],
         _loss(data.tokenizer()),
@@ -106,7 +106,6 @@ def fit(
         learning_rate=LEARNING_RATE,
         seconds=seconds,
     )
-    print("finished" if finished else "not finished: run this again")
 
 
 @app.command()

@@ -24,7 +24,7 @@ def train(
     learning_rate: float = 5e-5,
     weight_decay: float = 0.01,
     seconds: float = float("inf"),
-) -> bool:
+) -> None:
     """AdamW with linear warm-up and decay over seeded permutations of the examples.
 
     Word embeddings stay frozen: a few thousand sentences say little about 30,000 of them.
@@ -32,10 +32,8 @@ def train(
     Args:
         loss: called as loss(model, examples of one batch), returns a scalar.
         checkpoint: state is read from here if it exists, and written here at the end.
-        seconds: stop after these, finished or not; state is also saved every SAVE_SECONDS.
-
-    Returns:
-        Whether training is complete. If not, call again with the same arguments.
+        seconds: stop after these, finished or not, which is printed; state is also saved every
+            SAVE_SECONDS. To go on, call again with the same arguments.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("word_embeddings" not in name)
@@ -80,7 +78,7 @@ def train(
             _save(model, optimizer, schedule, done, checkpoint)
             saved = time.monotonic()
     model.eval()
-    return done == total
+    print("finished" if done == total else "not finished: run this again")
 
 
 def _save(model, optimizer, schedule, done: int, checkpoint: Path) -> None:
